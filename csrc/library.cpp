@@ -1,0 +1,26 @@
+// Every operator's schema, in one place. Kernels register themselves beside their code: cpu/<family>.cpp,
+// cuda/<family>.cu; the Triton backend copies these schemas. The formulas are in peft_kernels/reference/<family>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(peft_kernels, m) {
+  // Keep mask [rows, columns] of the Philox stream that rng_state (int64: seed, offset) stands for.
+  m.def("dropout_mask(SymInt rows, SymInt columns, float dropout_p, Tensor rng_state) -> Tensor");
+
+  // scaling (D * x) factor^T: x [M, C], factor [r, C] -> [M, r] in the accumulation dtype.
+  m.def(
+      "lora_shrink(Tensor x, Tensor factor, float scaling, float dropout_p, Tensor? rng_state) -> Tensor");
+  // out += D * (scaling hidden factor): out [M, C], hidden [M, r], factor [r, C].
+  m.def(
+      "lora_accumulate_(Tensor(a!) out, Tensor hidden, Tensor factor, float scaling, float dropout_p, "
+      "Tensor? rng_state) -> ()");
+  // x matrix + bias + D * (scaling hidden factor): x [M, C_in], matrix [C_in, C_out], factor [r, C_out] -> [M, C_out].
+  m.def(
+      "lora_matmul(Tensor x, Tensor matrix, Tensor? bias, Tensor hidden, Tensor factor, float scaling, "
+      "float dropout_p, Tensor? rng_state) -> Tensor");
+  // scaling hidden^T (D * x): x [M, C], hidden [M, r] -> [r, C], or [C, r] when transposed, in dtype.
+  m.def(
+      "lora_factor_grad(Tensor x, Tensor hidden, float scaling, float dropout_p, Tensor? rng_state, "
+      "ScalarType dtype, bool transposed) -> Tensor");
+  // (scaling dy lora_b [M, r], scaling dy^T hidden [N, r]): dy [M, N], hidden [M, r], lora_b [N, r].
+  m.def("lora_grad_b(Tensor grad_out, Tensor hidden, Tensor lora_b, float scaling) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,288 @@
+"""The fused LoRA linear as an operator: `y = x W^T + bias + s (D * x) A^T B^T`.
+
+Formulas, shapes and names are those of `peft_kernels/reference/lora.py`. This file holds the checks, the fake kernels,
+the autograd Function and the registration; no arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..reference import lora as reference
+from ..reference import philox
+from ..reference.lora import accumulation_dtype
+from ._register import register_operator
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake_dropout_mask(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -> Tensor:
+    return torch.empty((rows, columns), dtype=torch.bool, device=rng_state.device)
+
+
+def _fake_shrink(x: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng_state: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], factor.shape[0]), dtype=accumulation_dtype(x.dtype))
+
+
+def _fake_accumulate_(
+    out: Tensor, hidden: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng_state: Tensor | None
+) -> None:
+    return None
+
+
+def _fake_matmul(
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    factor: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> Tensor:
+    return x.new_empty((x.shape[0], matrix.shape[1]))
+
+
+def _fake_factor_grad(
+    x: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor:
+    shape = (x.shape[1], hidden.shape[1]) if transposed else (hidden.shape[1], x.shape[1])
+    return x.new_empty(shape, dtype=dtype)
+
+
+def _fake_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format), lora_b.new_empty(lora_b.shape)
+
+
+def _triton_launchers() -> dict[str, object] | str:
+    try:
+        from peft_kernels.triton_kernels import lora as kernels
+    except ImportError as error:
+        return f"Triton kernels do not import: {error}"
+    return kernels.LAUNCHERS
+
+
+def _register() -> None:
+    triton = _triton_launchers()
+    for name, definition, fake, cuda in (
+        ("dropout_mask", philox.dropout_mask, _fake_dropout_mask, True),
+        ("lora_shrink", reference.lora_shrink, _fake_shrink, False),
+        ("lora_accumulate_", reference.lora_accumulate_, _fake_accumulate_, True),
+        ("lora_matmul", reference.lora_matmul, _fake_matmul, False),
+        ("lora_factor_grad", reference.lora_factor_grad, _fake_factor_grad, False),
+        ("lora_grad_b", reference.lora_grad_b, _fake_grad_b, False),
+    ):
+        register_operator(name, reference=definition, fake=fake, cuda=cuda, triton=triton)
+
+
+_register()
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """Forward and backward of `lora_linear`; thin, the operators do the work.
+
+    Saved for backward: `x` (only while `lora_a` or `weight` trains) and `hidden [M, r]`. No dropped copy of x, no mask,
+    nothing of size `[M, N]`.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        rng_state: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        device_type, dtype = x.device.type, x.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        shrink = backends.kernel("lora_shrink", device_type, dtype, backend)
+        matmul = backends.kernel("lora_matmul", device_type, dtype, backend)
+        hidden = shrink(rows, lora_a, 1.0, dropout_p, rng_state)
+        y = matmul(rows, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None)
+        return (y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])), hidden
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def, override]
+        x, weight, bias, lora_a, lora_b, rng_state, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
+        hidden = output[1]
+        ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)
+        keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
+        ctx.shape = x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if keep_x else None, weight, lora_a, lora_b, hidden, rng_state)
+
+    @staticmethod
+    def backward(ctx, grad_out, _grad_hidden):  # type: ignore[no-untyped-def, override]
+        if grad_out is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
+            return _differentiable_backward(ctx, grad_out)
+        x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        scaling, dropout_p = ctx.scaling, ctx.dropout_p
+        device_type, dtype = grad_out.device.type, grad_out.dtype
+
+        def kernel(operator: str) -> backends.Function:
+            return backends.kernel(operator, device_type, dtype, ctx.backend)
+
+        dy = grad_out.reshape(-1, grad_out.shape[-1])
+        dx = grad_weight = grad_bias = grad_a = grad_b = grad_hidden = None
+        if need_b and (need_a or need_x):
+            grad_hidden, grad_b = kernel("lora_grad_b")(dy, hidden, lora_b, scaling)
+        elif need_b:
+            grad_b = kernel("lora_factor_grad")(dy, hidden, scaling, 0.0, None, lora_b.dtype, True)
+        elif need_a or need_x:
+            grad_hidden = kernel("lora_shrink")(dy, lora_b.t(), scaling, 0.0, None)
+        if need_x:
+            dx = kernel("lora_matmul")(dy, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
+            dx = dx.view(ctx.shape)
+        if need_a or need_weight:
+            rows = x.reshape(-1, x.shape[-1])
+            if need_a:
+                grad_a = kernel("lora_factor_grad")(
+                    rows, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False
+                )
+            if need_weight:
+                grad_weight = dy.t() @ rows
+        if need_bias:
+            grad_bias = dy.sum(0)
+        return dx, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None
+
+
+def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+    """The gradients through autograd of the reference, so that they can be differentiated again."""
+    x, weight, lora_a, lora_b, _, rng_state = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    rows = grad_out.reshape(-1, grad_out.shape[-1])
+    scaling, p = ctx.scaling, ctx.dropout_p
+    accumulate = accumulation_dtype(grad_out.dtype)
+    grad_hidden = (rows @ lora_b.to(rows.dtype)).to(accumulate) * scaling
+    dx = grad_weight = grad_bias = grad_a = grad_b = None
+    if need[0]:
+        low_rank = reference.dropped(grad_hidden @ lora_a.to(accumulate), p, rng_state)
+        dx = (rows @ weight + low_rank).to(rows.dtype).view(ctx.shape)
+    if need[2]:
+        grad_bias = rows.sum(0)
+    if x is not None:
+        inputs = x.reshape(-1, x.shape[-1])
+        if need[1]:
+            grad_weight = rows.t() @ inputs
+        if need[3]:
+            grad_a = (grad_hidden.t() @ reference.dropped(inputs.to(accumulate), p, rng_state)).to(lora_a.dtype)
+    if need[4]:
+        if x is None:
+            raise RuntimeError("double backward through lora_linear needs lora_a or weight to require gradients")
+        hidden = reference.lora_shrink(x.reshape(-1, x.shape[-1]), lora_a, 1.0, p, rng_state)
+        grad_b = (rows.to(accumulate).t() @ hidden * scaling).to(lora_b.dtype)
+    return dx, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float
+) -> None:
+    """Raises before anything runs; every message names the argument, what was expected and what came."""
+    if weight.dim() != 2:
+        raise ValueError(f"lora_linear: weight must be 2-D [out_features, in_features], got {_describe(weight)}")
+    out_features, in_features = weight.shape
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"lora_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] < 1:
+        raise ValueError(f"lora_linear: lora_a must be [r, {in_features}] with r >= 1, got {_describe(lora_a)}")
+    if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != lora_a.shape[0]:
+        raise ValueError(
+            f"lora_linear: lora_b must be [{out_features}, {lora_a.shape[0]}] to match weight and lora_a, "
+            f"got {_describe(lora_b)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
+        raise ValueError(f"lora_linear: bias must be [{out_features}], got {_describe(bias)}")
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, got {_describe(x)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"lora_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor.dtype not in _FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise TypeError(
+                f"lora_linear: {name} must be float32, bfloat16 or float16 (float64 if and only if x is), "
+                f"got {_describe(tensor)} with x {_describe(x)}"
+            )
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+    if not 0.0 <= dropout_p <= 1.0:  # also refuses NaN
+        raise ValueError(f"lora_linear: dropout_p must be a probability in [0, 1], got {dropout_p}")
+
+
+def draw_rng_state(device: torch.device) -> Tensor:
+    """A fresh (seed, offset), int64 `[2]`, from torch's generator of `device`: no host sync, safe in CUDA graphs.
+
+    `torch.manual_seed`, activation checkpointing and CUDA graphs therefore govern our masks as they do torch's own.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`x weight^T + bias + scaling (D * x) lora_a^T lora_b^T`, fused forward and backward.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16, float16 or float64; any strides, zero rows allowed.
+        weight: `[N, K]`, x's dtype. Usually frozen; gets a gradient if it asks for one.
+        bias: `[N]` in x's dtype, or None.
+        lora_a: `[r, K]`, float32, bfloat16 or float16 (float64 with float64 activations); cast on load.
+        lora_b: `[N, r]`, likewise. Gradients of both come back in their own dtypes.
+        scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
+        dropout_p: probability of dropping an element of x on its way into lora_a, in steps of 2**-16.
+        training: dropout applies only when True.
+
+    Returns:
+        `[..., N]` in x's dtype. Under autocast, x, weight and bias are cast to the autocast dtype first; the factors
+        keep theirs.
+
+    Saved for backward: x (only while lora_a or weight trains) and `[M, r]` float32. The dropout mask is regenerated
+    from 16 bytes. Same inputs and seed, same bits, for any number of threads.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or value is off; nothing has run.
+        BackendUnavailable: inside `use_backend`, when that backend cannot serve the call.
+
+    Source: Hu et al., "LoRA", ICLR 2022, eq. 3; dropout placement as in Hugging Face PEFT ("pre", one mask per layer).
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weight, bias, lora_a, lora_b, dropout_p)
+    active = training and dropout_p > 0.0
+    rng_state = draw_rng_state(x.device) if active else None
+    y, _ = LoRALinearFunction.apply(
+        x, weight, bias, lora_a, lora_b, rng_state, scaling, dropout_p if active else 0.0, backends.forced_backend()
+    )
+    return y

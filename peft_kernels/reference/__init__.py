@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions of every operator: what the kernels are tested against, and the last fallback."""
