@@ -1,0 +1,100 @@
+// The raw-pointer LoRA kernels of one instruction set; lora.cpp checks, casts the factors, threads and registers.
+//
+// Activations are row-major with unit column stride. `acc` below is float, or double for double activations. A product
+// runs in two steps, so that each instruction set may lay out the small operand as it likes: pack it, then run over
+// the activations. Both steps take ranges, which lora.cpp hands to threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/philox.h"
+
+namespace peft_kernels {
+
+enum class DType { f32, bf16, f16, f64 };
+constexpr int kDTypes = 4;
+
+// Columns per unit of packing and per task of the factor gradient: one Philox batch.
+constexpr int64_t kPanel = 64;
+// Rows per unit of packing in the factor gradient.
+constexpr int64_t kPackRows = 32;
+
+static constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+static constexpr int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
+
+struct Dropout {
+  bool active = false;
+  RngState state = {0, 0};
+  uint32_t threshold = 0;
+  double scale = 1.0;
+};
+
+// An activation matrix; `data` points at row 0, so that masks know their rows.
+struct Matrix {
+  void* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+};
+
+// A factor [rank, columns] in acc, any strides, times `scale`.
+struct Factor {
+  const void* data;
+  int64_t rank;
+  int64_t columns;
+  int64_t rank_stride;
+  int64_t column_stride;
+  double scale;
+};
+
+// hidden [rows, rank] in acc, contiguous.
+struct Hidden {
+  void* data;
+  int64_t rank;
+};
+
+// The three skinny products for one activation dtype. Ranges [begin, end) are of columns for the factor packers, in
+// multiples of kPanel but for the end; of rows for `shrink` and `accumulate`, in multiples of row_unit likewise.
+struct SkinnyKernels {
+  int64_t row_unit;
+
+  // hidden[m, j] = sum_c (D x)[m, c] factor[j, c]; the scale of kept elements must be in factor.scale.
+  int64_t (*shrink_packed_bytes)(const Factor& factor);
+  void (*shrink_pack)(const Factor& factor, int64_t begin, int64_t end, void* packed);
+  void (*shrink)(
+      const Matrix& x, int64_t begin, int64_t end, const Factor& factor, const void* packed, const Hidden& hidden,
+      const Dropout& dropout);
+
+  // out[m, c] += keep[m, c] sum_j hidden[m, j] factor[j, c]; the scale of kept elements must be in factor.scale.
+  int64_t (*accumulate_packed_bytes)(const Factor& factor);
+  void (*accumulate_pack)(const Factor& factor, int64_t begin, int64_t end, void* packed);
+  void (*accumulate)(
+      const Matrix& out, int64_t begin, int64_t end, const Hidden& hidden, const Factor& factor, const void* packed,
+      const Dropout& dropout);
+
+  // partial[j, c] = sum over rows [begin, end) of keep x[m, c] hidden[m, j], for one panel of columns; partial is
+  // [rank, columns] in acc. Packing ranges over rows in multiples of kPackRows; so does `begin`.
+  int64_t (*grad_packed_bytes)(int64_t rows, int64_t rank);
+  void (*grad_pack)(const Hidden& hidden, int64_t rows, int64_t begin, int64_t end, void* packed);
+  void (*grad)(
+      const Matrix& x, int64_t begin, int64_t end, int64_t panel, int64_t rank, const void* packed, void* partial,
+      const Dropout& dropout);
+};
+
+struct LoraKernels {
+  const char* capability;
+  SkinnyKernels products[kDTypes];  // indexed by DType
+  // keep[m, c] of the mask for rows [begin, end).
+  void (*dropout_mask)(bool* keep, int64_t columns, int64_t begin, int64_t end, const Dropout& dropout);
+};
+
+extern const LoraKernels lora_kernels_baseline;
+#if defined(__x86_64__)
+extern const LoraKernels lora_kernels_avx2;
+extern const LoraKernels lora_kernels_avx512;
+extern const SkinnyKernels lora_kernels_amx_bf16;
+// Whether processor and kernel let this process use the bf16 matrix tiles; asks the kernel for them.
+bool amx_bf16_usable();
+#endif
+
+}  // namespace peft_kernels
