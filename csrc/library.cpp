@@ -7,8 +7,7 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def("dropout_mask(SymInt rows, SymInt columns, float dropout_p, Tensor rng_state) -> Tensor");
 
   // scaling (D * x) factor^T: x [M, C], factor [r, C] -> [M, r] in the accumulation dtype.
-  m.def(
-      "lora_shrink(Tensor x, Tensor factor, float scaling, float dropout_p, Tensor? rng_state) -> Tensor");
+  m.def("lora_shrink(Tensor x, Tensor factor, float scaling, float dropout_p, Tensor? rng_state) -> Tensor");
   // out += D * (scaling hidden factor): out [M, C], hidden [M, r], factor [r, C].
   m.def(
       "lora_accumulate_(Tensor(a!) out, Tensor hidden, Tensor factor, float scaling, float dropout_p, "

@@ -28,14 +28,10 @@ constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // The number below which a 16-bit draw drops its element: dropout_p in units of 2^-16, rounded to nearest.
-PK_HOST_DEVICE uint32_t dropout_threshold(double dropout_p) {
-  return static_cast<uint32_t>(dropout_p * 65536.0 + 0.5);
-}
+PK_HOST_DEVICE uint32_t dropout_threshold(double dropout_p) { return static_cast<uint32_t>(dropout_p * 65536.0 + 0.5); }
 
 // The factor on kept elements; 0 at p = 1, where nothing is kept.
-PK_HOST_DEVICE double dropout_scale(double dropout_p) {
-  return dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
-}
+PK_HOST_DEVICE double dropout_scale(double dropout_p) { return dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0; }
 
 // The four words that decide elements [8 * group, 8 * group + 8) of a row.
 PK_HOST_DEVICE void philox_4x32_10(RngState state, uint32_t group, uint32_t row, uint32_t words[4]) {

@@ -36,7 +36,7 @@ LoraKernels choose_kernels() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && limit == "amx" && amx_bf16_usable()) {
     LoraKernels table = lora_kernels_avx512;
     table.capability = "amx";
@@ -88,8 +88,8 @@ void check_matrix(const char* op, const char* name, const Tensor& tensor) {
 void check_shape(const char* op, const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   check_matrix(op, name, tensor);
   STD_TORCH_CHECK(
-      tensor.size(0) == rows && tensor.size(1) == columns, op, ": ", name, " must be [", rows, ", ", columns,
-      "], got ", shape_of(tensor));
+      tensor.size(0) == rows && tensor.size(1) == columns, op, ": ", name, " must be [", rows, ", ", columns, "], got ",
+      shape_of(tensor));
 }
 
 ScalarType accumulation_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
@@ -132,9 +132,7 @@ Tensor with_unit_columns(const Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)};
-}
+Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
 
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kGrain = 1 << 17;
@@ -320,8 +318,7 @@ Tensor dropout_mask(int64_t rows, int64_t columns, double dropout_p, Tensor rng_
   return mask;
 }
 
-Tensor lora_shrink(
-    Tensor x, Tensor factor, double scaling, double dropout_p, std::optional<Tensor> rng_state) {
+Tensor lora_shrink(Tensor x, Tensor factor, double scaling, double dropout_p, std::optional<Tensor> rng_state) {
   constexpr const char* op = "lora_shrink";
   check_matrix(op, "x", x);
   const DType dtype = activation_dtype(op, "x", x);
@@ -347,7 +344,7 @@ void lora_accumulate_(
   const int64_t rank = check_hidden(op, hidden, out.size(0), dtype);
   STD_TORCH_CHECK(rank == factor.size(0), op, ": factor must have hidden's rank ", rank, ", got ", shape_of(factor));
   const Dropout dropout = make_dropout(op, dropout_p, rng_state);
-    accumulate_into(out, hidden, factor, scaling, dtype, dropout);
+  accumulate_into(out, hidden, factor, scaling, dtype, dropout);
 }
 
 // x matrix (+ bias) by the library GEMM, into a fresh tensor.
@@ -361,19 +358,17 @@ Tensor library_matmul(const Tensor& x, const Tensor& matrix, const std::optional
 }
 
 Tensor lora_matmul(
-    Tensor x, Tensor matrix, std::optional<Tensor> bias, Tensor hidden, Tensor factor, double scaling,
-    double dropout_p, std::optional<Tensor> rng_state) {
+    Tensor x, Tensor matrix, std::optional<Tensor> bias, Tensor hidden, Tensor factor, double scaling, double dropout_p,
+    std::optional<Tensor> rng_state) {
   constexpr const char* op = "lora_matmul";
   check_matrix(op, "x", x);
   check_matrix(op, "matrix", matrix);
   const DType dtype = activation_dtype(op, "x", x);
-  STD_TORCH_CHECK(
-      matrix.size(0) == x.size(1), op, ": matrix must be [", x.size(1), ", C_out], got ", shape_of(matrix));
+  STD_TORCH_CHECK(matrix.size(0) == x.size(1), op, ": matrix must be [", x.size(1), ", C_out], got ", shape_of(matrix));
   STD_TORCH_CHECK(matrix.scalar_type() == x.scalar_type(), op, ": matrix must have x's dtype");
   if (bias.has_value()) {
     STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == matrix.size(1) && bias->scalar_type() == x.scalar_type() &&
-            bias->is_cpu(),
+        bias->dim() == 1 && bias->size(0) == matrix.size(1) && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
         op, ": bias must be [", matrix.size(1), "] in x's dtype, got ", shape_of(*bias));
   }
   check_factor(op, "factor", factor, matrix.size(1), dtype);
@@ -383,13 +378,13 @@ Tensor lora_matmul(
   const Tensor out = library_matmul(x, matrix, bias);
   // Autocast would change the dtype under us; lora_linear casts before it calls.
   STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), op, ": the library GEMM changed the dtype; is autocast on?");
-    accumulate_into(out, hidden, factor, scaling, dtype, dropout);
+  accumulate_into(out, hidden, factor, scaling, dtype, dropout);
   return out;
 }
 
 Tensor lora_factor_grad(
-    Tensor x, Tensor hidden, double scaling, double dropout_p, std::optional<Tensor> rng_state,
-    ScalarType dtype, bool transposed) {
+    Tensor x, Tensor hidden, double scaling, double dropout_p, std::optional<Tensor> rng_state, ScalarType dtype,
+    bool transposed) {
   constexpr const char* op = "lora_factor_grad";
   check_matrix(op, "x", x);
   const DType activations = activation_dtype(op, "x", x);
@@ -402,7 +397,7 @@ Tensor lora_factor_grad(
   const int64_t columns = x.size(1);
   Tensor grad = transposed ? new_matrix(x, columns, rank, dtype) : new_matrix(x, rank, columns, dtype);
   const Tensor rows = with_unit_columns(x);
-    factor_grad_into(grad, rows, hidden, scaling, activations, dropout, transposed);
+  factor_grad_into(grad, rows, hidden, scaling, activations, dropout, transposed);
   return grad;
 }
 

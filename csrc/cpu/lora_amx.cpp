@@ -18,9 +18,9 @@
 namespace peft_kernels {
 namespace {
 
-constexpr int64_t kTile = 16;       // rows of a tile, columns of a float tile
-constexpr int64_t kDepth = 32;      // k per tile instruction
-constexpr int64_t kTileWords = 512; // bfloat16 numbers in a tile
+constexpr int64_t kTile = 16;        // rows of a tile, columns of a float tile
+constexpr int64_t kDepth = 32;       // k per tile instruction
+constexpr int64_t kTileWords = 512;  // bfloat16 numbers in a tile
 constexpr int kTerms = 3;
 constexpr int64_t kRowUnit = 64;    // rows per unit of parallel work: four tiles
 constexpr int64_t kGradRows = 256;  // rows whose pairs are laid out at a time in grad: 32 KiB
@@ -32,10 +32,10 @@ class TileScope {
  public:
   TileScope() {
     alignas(64) uint8_t config[64] = {};
-    config[0] = 1;                                            // palette
+    config[0] = 1;  // palette
     for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;                             // bytes per row
-      config[48 + tile] = kTile;                              // rows
+      config[16 + 2 * tile] = 64;  // bytes per row
+      config[48 + tile] = kTile;   // rows
     }
     _tile_loadconfig(config);
   }
@@ -47,7 +47,8 @@ class TileScope {
 inline __m512i round_to_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
 }
@@ -66,14 +67,14 @@ inline void split(__m512 value, int terms, __m512i* term) {
 
 inline __m512i pairs(__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
 
-// count floats `stride` apart, zero beyond.
+// count floats `stride` apart, zero beyond. Strides fit 32 bits: a gather spans at most 16 rows of a factor.
 inline __m512 load_strided(const float* from, int64_t stride, int64_t count) {
   if (count <= 0) return _mm512_setzero_ps();
   const __mmask16 valid = count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
   if (stride == 1) return _mm512_maskz_loadu_ps(valid, from);
-  alignas(64) float lanes[16] = {};
-  for (int64_t lane = 0; lane < 16 && lane < count; ++lane) lanes[lane] = from[lane * stride];
-  return _mm512_load_ps(lanes);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(stride)));
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from, 4);
 }
 
 inline __mmask32 first_columns(int64_t count) {
@@ -87,7 +88,8 @@ inline __mmask32 kept(const uint16_t* draws, uint32_t threshold) {
 }
 
 // 32 activations from column c of a row, zero where dropped and beyond the matrix. `draws` is null without dropout.
-inline __m512i load_activations(const uint16_t* row, int64_t c, int64_t columns, const uint16_t* draws, uint32_t threshold) {
+inline __m512i load_activations(
+    const uint16_t* row, int64_t c, int64_t columns, const uint16_t* draws, uint32_t threshold) {
   __mmask32 keep = first_columns(columns - c);
   if (draws != nullptr) keep &= kept(draws, threshold);
   return _mm512_maskz_loadu_epi16(keep, row + c);
@@ -216,8 +218,7 @@ void shrink(
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t k = block * kDepth;
         if (dropout.active && k % kPanel == 0) draw_rows(dropout, m, rows, k, draws);
-        const LeftTiles left =
-            left_tiles(x, m, rows, k, dropout.active ? draws : nullptr, dropout.threshold, staged);
+        const LeftTiles left = left_tiles(x, m, rows, k, dropout.active ? draws : nullptr, dropout.threshold, staged);
         multiply_terms(left, right + block * kTerms * kTileWords, divide_up(rows, kTile));
       }
       store_sums(sums, kTile * kTile, kTile);
@@ -287,50 +288,60 @@ inline void add_row(uint16_t* out, const float* low, const float* high, __mmask3
   _mm512_mask_storeu_epi16(out, valid, result);
 }
 
+// sums [2 column tiles][32 rows][16] = left tiles times the right tiles of 32 columns.
+inline void multiply_columns(
+    const uint16_t* left, const uint16_t* right, int64_t column_stride, int64_t blocks, float* sums) {
+  zero_sums();
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint16_t* near = right + block * 2 * kTileWords;
+    const uint16_t* far = near + column_stride;
+    _tile_loadd(4, left + block * 2 * kTileWords, 64);
+    _tile_loadd(5, left + (block * 2 + 1) * kTileWords, 64);
+    _tile_loadd(6, near, 64);
+    _tile_loadd(7, far, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, near + kTileWords, 64);
+    _tile_loadd(7, far + kTileWords, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  store_sums(sums, kTile * kTile, kTile);
+}
+
 void accumulate(
     const Matrix& out, int64_t begin, int64_t end, const Hidden& hidden, const Factor& factor, const void* packed,
     const Dropout& dropout) {
   const TileScope tiles;
   constexpr int64_t kRows = 2 * kTile;
   constexpr int64_t kRankBlocks = 8;  // ranks whose left tiles are kept at a time: 128
-  const int64_t blocks = divide_up(factor.rank, kTile);
+  const int64_t blocks = divide_up(factor.rank, kTile), column_stride = blocks * 2 * kTileWords;
   alignas(64) uint16_t left[kRankBlocks * 2 * kTileWords];
   alignas(64) uint16_t draws[kRows * kPanel];
-  alignas(64) float sums[2 * kRows * kTile];  // [2 column tiles][32 rows][16]
+  // Loads from a tile store must wait for it, so the sums of the next 32 columns are formed before these are used.
+  alignas(64) float sums[2][2 * kRows * kTile];
   for (int64_t m = begin; m < end; m += kRows) {
     const int64_t rows = smaller(kRows, end - m);
     for (int64_t first = 0; first < blocks; first += kRankBlocks) {
       const int64_t count = smaller(kRankBlocks, blocks - first);
+      const uint16_t* right = static_cast<const uint16_t*>(packed) + first * 2 * kTileWords;
       split_hidden(hidden, m, rows, first * kTile, count, left);
-      for (int64_t c = 0; c < out.columns; c += kDepth) {
-        const uint16_t* right = static_cast<const uint16_t*>(packed) + (c / kTile * blocks + first) * 2 * kTileWords;
-        zero_sums();
-        for (int64_t block = 0; block < count; ++block) {
-          const uint16_t* near = right + block * 2 * kTileWords;
-          const uint16_t* far = near + blocks * 2 * kTileWords;
-          _tile_loadd(4, left + block * 2 * kTileWords, 64);
-          _tile_loadd(5, left + (block * 2 + 1) * kTileWords, 64);
-          _tile_loadd(6, near, 64);
-          _tile_loadd(7, far, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 5, 6);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-          _tile_loadd(6, near + kTileWords, 64);
-          _tile_loadd(7, far + kTileWords, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 5, 6);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
+      multiply_columns(left, right, column_stride, count, sums[0]);
+      for (int64_t c = 0, turn = 0; c < out.columns; c += kDepth, turn ^= 1) {
+        if (c + kDepth < out.columns) {
+          multiply_columns(left, right + (c + kDepth) / kTile * column_stride, column_stride, count, sums[turn ^ 1]);
         }
-        store_sums(sums, kTile * kTile, kTile);
         if (dropout.active && c % kPanel == 0) draw_rows(dropout, m, rows, c, draws);
         const __mmask32 valid = first_columns(out.columns - c);
         uint16_t* to = static_cast<uint16_t*>(out.data) + m * out.row_stride + c;
         for (int64_t i = 0; i < rows; ++i) {
           const __mmask32 keep =
               dropout.active ? kept(draws + i * kPanel + c % kPanel, dropout.threshold) : 0xFFFFFFFFu;
-          add_row(to + i * out.row_stride, sums + i * kTile, sums + (kRows + i) * kTile, keep, valid);
+          add_row(to + i * out.row_stride, sums[turn] + i * kTile, sums[turn] + (kRows + i) * kTile, keep, valid);
         }
       }
     }
@@ -363,8 +374,7 @@ void grad_pack(const Hidden& hidden, int64_t rows, int64_t begin, int64_t end, v
 }
 
 // Pairs of rows (m, m + 1), entry by entry, for 64 columns: [row blocks of 32][4 column tiles][16 pairs][16 columns].
-void pair_rows(
-    const Matrix& x, int64_t m, int64_t end, int64_t column, const Dropout& dropout, uint16_t* paired) {
+void pair_rows(const Matrix& x, int64_t m, int64_t end, int64_t column, const Dropout& dropout, uint16_t* paired) {
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
   const __m512i low = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32,
@@ -376,11 +386,10 @@ void pair_rows(
     for (int64_t part = 0; part < kPanel; part += kDepth) {
       __m512i values[2];
       for (int64_t i = 0; i < 2; ++i) {
-        values[i] = row + i < end
-            ? load_activations(
-                  data + (row + i) * x.row_stride, column + part, x.columns,
-                  dropout.active ? draws + i * kPanel + part : nullptr, dropout.threshold)
-            : _mm512_setzero_si512();
+        values[i] = row + i < end ? load_activations(
+                                        data + (row + i) * x.row_stride, column + part, x.columns,
+                                        dropout.active ? draws + i * kPanel + part : nullptr, dropout.threshold)
+                                  : _mm512_setzero_si512();
       }
       uint16_t* to = paired + ((row - m) / kDepth * 4 + part / kTile) * kTileWords + (row - m) % kDepth / 2 * 32;
       _mm512_storeu_si512(to, _mm512_permutex2var_epi16(values[0], low, values[1]));
@@ -447,10 +456,8 @@ void grad(
 }  // namespace
 
 const SkinnyKernels lora_kernels_amx_bf16 = {
-    kRowUnit,
-    shrink_packed_bytes, shrink_pack, shrink,
-    accumulate_packed_bytes, accumulate_pack, accumulate,
-    grad_packed_bytes, grad_pack, grad,
+    kRowUnit,        shrink_packed_bytes, shrink_pack,       shrink,    accumulate_packed_bytes,
+    accumulate_pack, accumulate,          grad_packed_bytes, grad_pack, grad,
 };
 
 bool amx_bf16_usable() {

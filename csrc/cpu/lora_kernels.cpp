@@ -39,7 +39,8 @@ void convert_row(const T* from, acc* to, int64_t row, int64_t column, int64_t co
   if (!dropout.active) {
     int64_t c = 0;
     for (; c + lanes <= count; c += lanes) store_vector(to + c, load_vector(from + c));
-    if (c < count) store_partial(to + c, load_partial(from + c, static_cast<int>(count - c)), static_cast<int>(count - c));
+    if (c < count)
+      store_partial(to + c, load_partial(from + c, static_cast<int>(count - c)), static_cast<int>(count - c));
     return;
   }
   uint16_t draws[kDrawBatch];
@@ -114,9 +115,9 @@ inline void rank_one_updates_rows(
 template <typename acc>
 inline Vector<acc> load_strided(const acc* from, int64_t stride, int64_t count) {
   if (stride == 1 && count >= kLanes<acc>) return load_vector(from);
-  Vector<acc> value = {};
-  for (int lane = 0; lane < kLanes<acc> && lane < count; ++lane) value[lane] = from[lane * stride];
-  return value;
+  alignas(kVectorBytes) acc lanes[kLanes<acc>] = {};
+  for (int lane = 0; lane < kLanes<acc> && lane < count; ++lane) lanes[lane] = from[lane * stride];
+  return load_vector(lanes);
 }
 
 // --- shrink: factor packed as [rank blocks][columns][kRankBlock] ---
@@ -312,8 +313,8 @@ void grad(
       const acc* left = direct ? reinterpret_cast<const acc*>(from) : converted;
       for (int64_t j = 0; j < ranks; j += kRankBlock) {
         rank_one_updates_rows(
-            columns, left, int64_t{1}, direct ? x.row_stride : kPanel, rows,
-            right + m * padded_rank + first_rank + j, padded_rank, sums + j * kPanel, int64_t{kRankBlock});
+            columns, left, int64_t{1}, direct ? x.row_stride : kPanel, rows, right + m * padded_rank + first_rank + j,
+            padded_rank, sums + j * kPanel, int64_t{kRankBlock});
       }
     }
     acc* to = static_cast<acc*>(partial) + first_rank * x.columns + first;
@@ -345,10 +346,10 @@ void dropout_mask(bool* keep, int64_t columns, int64_t begin, int64_t end, const
 template <typename T, typename acc = typename Accumulate<T>::type>
 constexpr SkinnyKernels products() {
   return {
-      kRowUnit,
-      shrink_packed_bytes<acc>, shrink_pack<acc>, shrink<T>,
-      accumulate_packed_bytes<acc>, accumulate_pack<acc>, accumulate<T>,
-      grad_packed_bytes<acc>, grad_pack<acc>, grad<T>,
+      kRowUnit,      shrink_packed_bytes<acc>,     shrink_pack<acc>,
+      shrink<T>,     accumulate_packed_bytes<acc>, accumulate_pack<acc>,
+      accumulate<T>, grad_packed_bytes<acc>,       grad_pack<acc>,
+      grad<T>,
   };
 }
 

