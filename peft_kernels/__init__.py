@@ -1,7 +1,46 @@
 """Fused kernels for adapter training: what LoRA adds to a frozen linear layer, at next to no cost."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from . import nn, ops
+from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
+from .config import LoraConfig
+from .inject import eject, inject, merge, unmerge
+from .reports import AccelerationReport, InjectionReport
+
+if TYPE_CHECKING:
+    from .integrations.peft import accelerate, restore
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailable", "backend_report", "nn", "ops", "use_backend"]
+__all__ = [
+    "AccelerationReport",
+    "BackendUnavailable",
+    "InjectionReport",
+    "LoraConfig",
+    "accelerate",
+    "backend_report",
+    "eject",
+    "inject",
+    "load_adapter",
+    "merge",
+    "nn",
+    "ops",
+    "restore",
+    "save_adapter",
+    "unmerge",
+    "use_backend",
+]
+
+_FROM_PEFT = ("accelerate", "restore")
+
+
+def __getattr__(name: str) -> Any:
+    # These need PEFT, which imports transformers: only whoever asks for them pays for that.
+    if name in _FROM_PEFT:
+        from .integrations import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

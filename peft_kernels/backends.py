@@ -134,7 +134,9 @@ def kernel(operator: str, device_type: str, dtype: torch.dtype, backend: str | N
     key = (operator, device_type, dtype, backend or _forced)
     function = _table.get(key)
     if function is None:
-        function = _table[key] = _resolve(*key)
+        function = _resolve(*key)
+        if not torch.compiler.is_compiling():  # a traced function must not write to what lies outside it
+            _table[key] = function
     return function
 
 

@@ -1,1 +1,5 @@
+"""Drop-in modules; each computes through `peft_kernels.ops` and holds no arithmetic of its own."""
 
+from .lora import LoRALinear
+
+__all__ = ["LoRALinear"]

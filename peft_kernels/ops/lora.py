@@ -6,6 +6,9 @@ the autograd Function and the registration; no arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,7 +65,7 @@ def _fake_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: floa
     return torch.empty_like(hidden, memory_format=torch.contiguous_format), lora_b.new_empty(lora_b.shape)
 
 
-def _triton_launchers() -> dict[str, object] | str:
+def _triton_launchers() -> dict[str, Callable[..., Any]] | str:
     try:
         from peft_kernels.triton_kernels import lora as kernels
     except ImportError as error:
@@ -106,7 +109,7 @@ class LoRALinearFunction(torch.autograd.Function):
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         device_type, dtype = x.device.type, x.dtype
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         shrink = backends.kernel("lora_shrink", device_type, dtype, backend)
         matmul = backends.kernel("lora_matmul", device_type, dtype, backend)
         hidden = shrink(rows, lora_a, 1.0, dropout_p, rng_state)
@@ -138,7 +141,7 @@ class LoRALinearFunction(torch.autograd.Function):
         def kernel(operator: str) -> backends.Function:
             return backends.kernel(operator, device_type, dtype, ctx.backend)
 
-        dy = grad_out.reshape(-1, grad_out.shape[-1])
+        dy = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
         dx = grad_weight = grad_bias = grad_a = grad_b = grad_hidden = None
         if need_b and (need_a or need_x):
             grad_hidden, grad_b = kernel("lora_grad_b")(dy, hidden, lora_b, scaling)
@@ -148,9 +151,9 @@ class LoRALinearFunction(torch.autograd.Function):
             grad_hidden = kernel("lora_shrink")(dy, lora_b.t(), scaling, 0.0, None)
         if need_x:
             dx = kernel("lora_matmul")(dy, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
-            dx = dx.view(ctx.shape)
+            dx = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
         if need_a or need_weight:
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
             if need_a:
                 grad_a = kernel("lora_factor_grad")(
                     rows, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False
@@ -231,6 +234,12 @@ def _check(
         raise ValueError(f"lora_linear: dropout_p must be a probability in [0, 1], got {dropout_p}")
 
 
+# Function.apply binds its arguments to forward's signature in every call, for the sake of torch.func, and that costs
+# more than both operators of a small layer. Without transforms the base class's apply does the same.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
 def draw_rng_state(device: torch.device) -> Tensor:
     """A fresh (seed, offset), int64 `[2]`, from torch's generator of `device`: no host sync, safe in CUDA graphs.
 
@@ -282,7 +291,25 @@ def lora_linear(
     _check(x, weight, bias, lora_a, lora_b, dropout_p)
     active = training and dropout_p > 0.0
     rng_state = draw_rng_state(x.device) if active else None
-    y, _ = LoRALinearFunction.apply(
+    apply = LoRALinearFunction.apply if torch.compiler.is_compiling() or _transforms_active() else _apply
+    y, _ = apply(
         x, weight, bias, lora_a, lora_b, rng_state, scaling, dropout_p if active else 0.0, backends.forced_backend()
     )
     return y
+
+
+def lora_merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """`weight + scaling lora_b lora_a`, a new tensor: formed in the accumulation dtype, each element rounded once.
+
+    Args:
+        weight: `[N, K]`, left as it is.
+        lora_a: `[r, K]`.
+        lora_b: `[N, r]`.
+        scaling: as for `lora_linear`.
+    """
+    _check(weight[:0], weight, None, lora_a, lora_b, 0.0)
+    merged = weight.detach().clone(memory_format=torch.contiguous_format)
+    hidden = lora_b.detach().to(accumulation_dtype(weight.dtype)).contiguous()
+    accumulate = backends.kernel("lora_accumulate_", merged.device.type, merged.dtype)
+    accumulate(merged, hidden, lora_a.detach(), scaling, 0.0, None)
+    return merged

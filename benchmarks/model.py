@@ -1,0 +1,131 @@
+"""One training step of a whole model: time relative to the frozen model, and what an adapter adds to peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.training.models import LoadedModel, load_model
+
+from . import model_arms, model_memory
+from .cases import Progress, Record, failure, run_cases
+from .harness import Arm, interleave, summarize
+from .model_arms import ModelArm
+from .peers import PEFT
+from .suites import ModelCase, Suite
+
+BASES = (model_arms.FROZEN, PEFT)
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Largest accepted relative difference of the first loss to PEFT's, without dropout."""
+
+
+def _build(base: nn.Module, case: ModelCase) -> tuple[list[ModelArm], dict[str, Record]]:
+    """The arms that could be built, and a record for every arm."""
+    arms: list[ModelArm] = []
+    records: dict[str, Record] = {}
+    for name in model_arms.arm_names(case.dtype):
+        try:
+            arm = model_arms.build(name, base, case)
+        except Exception as error:
+            records[name] = failure(error)
+            continue
+        arms.append(arm)
+        trainable = arm.trainable().values()
+        records[name] = {
+            "status": "ready",
+            "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+            "adapter_dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}),
+        }
+    return arms, records
+
+
+def _check_losses(arms: Sequence[ModelArm], records: dict[str, Record], case: ModelCase, batch: Tensor) -> None:
+    """Records every arm's first loss and marks as wrong an arm whose loss without dropout is not PEFT's."""
+    for arm in arms:
+        loss = arm.forward_backward(batch)
+        for parameter in arm.trainable().values():
+            parameter.grad = None
+        records[arm.name]["first_loss"] = loss.item()
+    reference = records.get(PEFT, {}).get("first_loss")
+    if case.dropout_p > 0.0 or reference is None:
+        return
+    for name, record in records.items():
+        if name == model_arms.FROZEN or "first_loss" not in record:
+            continue
+        difference = abs(record["first_loss"] - reference) / abs(reference)
+        if not difference <= _TOLERANCE[case.dtype]:
+            reason = f"first loss {record['first_loss']} is {difference:.1e} off PEFT's {reference}"
+            record.update(status="wrong", reason=reason)
+
+
+def measure(case: ModelCase, suite: Suite, base: nn.Module, tokens: Sequence[Tensor]) -> Record:
+    """Seconds per step of every arm, interleaved in this process."""
+    arms, records = _build(base, case)
+    _check_losses(arms, records, case, tokens[0])
+    ready = [arm for arm in arms if records[arm.name]["status"] == "ready"]
+
+    def run(arm: ModelArm) -> Callable[[int], Tensor]:
+        return lambda i: arm.step(tokens[i % len(tokens)])
+
+    timed = [Arm(arm.name, run(arm)) for arm in ready]
+    times = summarize(interleave(timed, suite.model_plan, suite.device_type), BASES)
+    for arm in ready:
+        records[arm.name].update(times[arm.name], status="measured")
+    return {"limits": {"ideal_ratio": model_arms.ideal_ratio(base, case)}, "arms": records}
+
+
+class _Models:
+    """The base models of a run, loaded when a case asks for one; only the last is kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.descriptions: dict[str, str] = {}
+        self._key: tuple[str, torch.dtype] | None = None
+        self._loaded: LoadedModel | None = None
+
+    def get(self, case: ModelCase) -> LoadedModel:
+        key = case.model, case.dtype
+        if self._loaded is None or self._key != key:
+            self._loaded = None  # frees the last model before the next one is loaded
+            self._key, self._loaded = key, load_model(case.model, case.dtype, self.device)
+            self.descriptions[case.model] = self._loaded.description
+        return self._loaded
+
+
+def run(suite: Suite, progress: Progress) -> Record:
+    """All model cases of `suite`."""
+    models = _Models(torch.device(suite.device_type))
+
+    def one(case: ModelCase) -> Record:
+        source = models.get(case)
+        tokens = [batch.to(models.device) for batch in model_arms.batches(source.tokenizer, case, count=4)]
+        record = measure(case, suite, source.model, tokens)
+        if suite.memory_of_model:
+            model_memory.add_to(record["arms"], case, source)
+        return record
+
+    train_info: Record = {"models": models.descriptions, "optimizer": model_arms.OPTIMIZER}
+    return run_cases(suite.models, one, describe, progress, train_info)
+
+
+def _label(record: Record) -> str:
+    case = record["case"]
+    size = f"{case['batch_size']} x {case['sequence_length']}"
+    return f"{case['model']} {size} r={case['r']} {case['dtype']} p={case['dropout_p']}"
+
+
+def describe(record: Record) -> str:
+    """One line: every arm's time per step relative to the frozen model, and what it adds to the peak of memory."""
+    parts = []
+    for name, arm in record["arms"].items():
+        if arm["status"] != "measured":
+            parts.append(f"{name} {arm['status']}")
+        elif name == model_arms.FROZEN:
+            parts.append(f"{name} {arm['median_s']:.3f} s")
+        else:
+            added = arm.get("memory", {}).get("added")
+            memory = f" (+{added['resident_bytes'] / 1e6:.0f} MB)" if added else ""
+            parts.append(f"{name} {arm['relative_to'][model_arms.FROZEN]['median_of_ratios']:.3f}{memory}")
+    return f"{_label(record)}: " + ", ".join(parts)

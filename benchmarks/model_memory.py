@@ -1,0 +1,104 @@
+"""Peak memory of one training step, each arm in a fresh process: an arm must not profit from another's heap."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from multiprocessing.connection import Connection
+
+import torch
+
+from peft_kernels.training.models import LoadedModel, load_model
+
+from . import memory, model_arms
+from .cases import Record, failure
+from .suites import ModelCase
+
+_WARMUP_STEPS = 2  # the first fills the optimizer's state, the second the libraries' caches
+# Imported once by the server that forks the fresh processes, so in every arm alike.
+_PRELOADED = ["benchmarks.model_memory", "peft", "transformers.models.llama.modeling_llama"]
+_MEASURES = ("resident_bytes", "tensor_bytes")
+
+
+def measure_here(directory: str, name: str, case: ModelCase) -> dict[str, int]:
+    """Peaks of one step of arm `name` in this process.
+
+    Args:
+        directory: a saved transformers model with its tokenizer.
+
+    Returns:
+        `resident_bytes`: VmHWM over the step. `tensor_bytes`: parameters, buffers and optimizer state plus the most
+        bytes of tensors that lived at once within the step. `resident_before_bytes`, `tensor_before_bytes`: the same
+        before the step.
+    """
+    loaded = load_model(directory, case.dtype, torch.device("cpu"))
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.clone()  # the heap's own memory, not pages of the weight file
+    batch = model_arms.batches(loaded.tokenizer, case, count=1)[0]
+    arm = model_arms.build(name, loaded.model, case)
+    for _ in range(_WARMUP_STEPS):
+        arm.step(batch)
+    before, resident = memory.peak_resident_bytes(lambda: arm.step(batch))
+    tensors = memory.tensor_bytes(arm.resident_tensors())
+    peak = memory.peak_tensor_bytes(lambda: arm.step(batch))
+    return {
+        "resident_bytes": resident,
+        "tensor_bytes": tensors + peak,
+        "resident_before_bytes": before,
+        "tensor_before_bytes": tensors,
+    }
+
+
+def _child(connection: Connection, directory: str, name: str, case: ModelCase, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        connection.send(measure_here(directory, name, case))
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def _measure_apart(directory: str, name: str, case: ModelCase) -> dict[str, int]:
+    """`measure_here` in a fresh process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, directory, name, case, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that measured {name!r} ended with exit code {process.exitcode}") from None
+    process.join()
+    if isinstance(result, str):
+        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{result}")
+    return result
+
+
+def add_to(records: dict[str, Record], case: ModelCase, source: LoadedModel) -> None:
+    """Adds `memory` to the record of every arm that was timed, with what it adds above the frozen model's peak.
+
+    `added.relative_to_peft` is that over what PEFT adds. Linux only, CPU only.
+    """
+    with tempfile.TemporaryDirectory(prefix="peft-kernels-benchmark-") as directory:
+        source.model.save_pretrained(directory)  # type: ignore[operator]
+        source.tokenizer.save_pretrained(directory)
+        for name, record in records.items():
+            if record["status"] == "measured":
+                try:
+                    record["memory"] = _measure_apart(directory, name, case)
+                except Exception as error:
+                    record["memory"] = failure(error)
+    taken = {name: record["memory"] for name, record in records.items() if "tensor_bytes" in record.get("memory", {})}
+    frozen = taken.pop(model_arms.FROZEN, None)
+    if frozen is None:
+        return
+    for memory_of_arm in taken.values():
+        memory_of_arm["added"] = {key: memory_of_arm[key] - frozen[key] for key in _MEASURES}
+    if model_arms.PEFT in taken:
+        base = dict(taken[model_arms.PEFT]["added"])
+        for memory_of_arm in taken.values():
+            added = memory_of_arm["added"]
+            added["relative_to_peft"] = {key: added[key] / base[key] if base[key] > 0 else None for key in _MEASURES}

@@ -1,0 +1,117 @@
+"""What each suite measures: shapes, dtypes, dropout and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .harness import Plan
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One LoRA linear: M tokens, K in_features, N out_features, rank r."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype
+    dropout_p: float
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One training step of a whole model: every linear of the decoder carries an adapter of rank r."""
+
+    model: str
+    batch_size: int
+    sequence_length: int
+    r: int
+    dtype: torch.dtype
+    dropout_p: float
+
+
+@dataclass(frozen=True)
+class CallCase:
+    """Call overhead: one layer so small that only the host's work takes time."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    dropout_p: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named set of cases for one device type, with a plan per benchmark.
+
+    Attributes:
+        backends: backends measured apart from the default one.
+        memory_of_model: whether the model's peak memory is taken too, in one process per arm.
+    """
+
+    name: str
+    device_type: str
+    layers: tuple[LayerCase, ...]
+    layer_plan: Plan
+    calls: tuple[CallCase, ...]
+    call_plan: Plan
+    models: tuple[ModelCase, ...] = ()
+    model_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
+    backends: tuple[str, ...] = ()
+    memory_of_model: bool = False
+
+
+def _cpu() -> Suite:
+    square = [LayerCase(1024, 2048, 2048, 16, dtype, p) for dtype in (FP32, BF16) for p in (0.0, 0.05)]
+    # The shapes of SmolLM2-135M at batch 2 x 256: its MLP's two directions and its key and value projections.
+    small = [LayerCase(512, K, N, 16, BF16, p) for K, N in ((576, 1536), (1536, 576), (576, 192)) for p in (0.0, 0.05)]
+    return Suite(
+        name="cpu",
+        device_type="cpu",
+        layers=(*square, *small, LayerCase(1024, 2048, 2048, 64, FP32, 0.05)),
+        layer_plan=Plan(warmup=3, min_rounds=15, max_rounds=101, seconds=8.0),
+        calls=tuple(CallCase(1, 64, 64, 16, p, iterations=200) for p in (0.0, 0.05)),
+        call_plan=Plan(warmup=2, min_rounds=31, max_rounds=61, seconds=10.0),
+        models=tuple(ModelCase("smollm2", 2, 256, 16, dtype, p) for dtype in (BF16, FP32) for p in (0.0, 0.05)),
+        model_plan=Plan(warmup=2, min_rounds=11, max_rounds=15, seconds=120.0),
+        memory_of_model=True,
+    )
+
+
+def _gpu() -> Suite:
+    shapes = ((4096, 4096), (4096, 14336), (14336, 4096))  # Llama-3-8B: attention, up and gate, down
+    return Suite(
+        name="gpu",
+        device_type="cuda",
+        layers=tuple(LayerCase(8192, K, N, r, BF16, p) for K, N in shapes for r in (16, 64) for p in (0.0, 0.1)),
+        layer_plan=Plan(warmup=5, min_rounds=11, max_rounds=51, seconds=4.0),
+        calls=tuple(CallCase(1, 64, 64, 16, p, iterations=100) for p in (0.0, 0.1)),
+        call_plan=Plan(warmup=2, min_rounds=15, max_rounds=31, seconds=5.0),
+        backends=("reference", "triton", "cuda"),
+    )
+
+
+def _smoke() -> Suite:
+    quick = Plan(warmup=1, min_rounds=2, max_rounds=2, seconds=0.0)
+    return Suite(
+        name="smoke",
+        device_type="cpu",
+        layers=(LayerCase(32, 48, 40, 4, FP32, 0.1), LayerCase(32, 48, 40, 4, BF16, 0.0)),
+        layer_plan=quick,
+        calls=(CallCase(1, 64, 64, 4, 0.0, iterations=2),),
+        call_plan=quick,
+        models=(ModelCase("random:llama-tiny", 2, 16, 4, BF16, 0.05),),
+        model_plan=quick,
+        backends=("reference", "triton"),
+        memory_of_model=True,
+    )
+
+
+SUITES = {"cpu": _cpu, "gpu": _gpu, "smoke": _smoke}

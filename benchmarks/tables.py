@@ -1,0 +1,191 @@
+"""The tables of the documentation, each a function of one section of a result file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from . import lora, model_arms, peers
+from .results import Section
+
+NOT_MEASURED = "not measured"
+Row = list[str]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is left-aligned, the others right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _ratio(summary: dict[str, Any], base: str) -> str:
+    """Median of the per-round ratios and its quartiles."""
+    ratio = summary.get("relative_to", {}).get(base)
+    if ratio is None:
+        return NOT_MEASURED
+    return f"{ratio['median_of_ratios']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})"
+
+
+def _speed_up(summary: dict[str, Any]) -> str:
+    """How many times faster than PEFT."""
+    ratio = summary.get("relative_to", {}).get(peers.PEFT)
+    return NOT_MEASURED if ratio is None else f"{1.0 / ratio['median_of_ratios']:.2f}"
+
+
+def _arm_names(section: Section, leave_out: str | None = None) -> list[str]:
+    """Every arm of the section, in the order of `peers`."""
+    names = {name for record in section["train_info"]["cases"] for name in record.get("arms", {})}
+    return sorted(names - {leave_out}, key=peers.position)
+
+
+def _cell(record: dict[str, Any], name: str, value: Callable[[dict[str, Any]], str]) -> str:
+    """`value` of an arm, or in a word why there is none."""
+    arm = record.get("arms", {}).get(name)
+    if arm is None:
+        return NOT_MEASURED if record.get("status") == "failed" else ""
+    return value(arm) if arm.get("status", "measured") == "measured" else str(arm["status"])
+
+
+def _megabytes(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value / 1e6:.1f}"
+
+
+def _layer_label(case: dict[str, Any]) -> Row:
+    return [f"{case['K']} to {case['N']}, M={case['M']}, r={case['r']}", case["dtype"], str(case["dropout_p"])]
+
+
+def _unreached(section: Section, label: Callable[[dict[str, Any]], Row], columns: int) -> list[Row]:
+    return [[*label(case), *[NOT_MEASURED] * columns] for case in section["train_info"]["not_reached"]]
+
+
+def _layer_times(section: Section, mode: str) -> str:
+    names = _arm_names(section, leave_out=peers.FROZEN)
+    header = [
+        *("layer", "dtype", "dropout", f"{peers.FROZEN}, ms", *names),
+        *("limit: ideal", "limit: split", "ours: times faster than PEFT"),
+    ]
+    rows = []
+    for record in section["train_info"]["cases"]:
+        limits = record.get("limits", {}).get(mode)
+        rows.append(
+            [
+                *_layer_label(record["case"]),
+                _cell(record, peers.FROZEN, lambda arm: f"{arm[mode]['median_s'] * 1e3:.3f}"),
+                *[_cell(record, name, lambda arm: _ratio(arm[mode], peers.FROZEN)) for name in names],
+                *([f"{limits[key]:.3f}" for key in ("ideal_ratio", "split_ratio")] if limits else [NOT_MEASURED] * 2),
+                _cell(record, peers.OURS, lambda arm: _speed_up(arm[mode])),
+            ]
+        )
+    return markdown(header, [*rows, *_unreached(section, _layer_label, len(header) - 3)])
+
+
+def layer_forward(section: Section) -> str:
+    """Forward of one layer, relative to the frozen linear."""
+    return _layer_times(section, lora.FORWARD)
+
+
+def layer_forward_backward(section: Section) -> str:
+    """Forward + backward of one layer, relative to the frozen linear's forward + dx."""
+    return _layer_times(section, lora.FORWARD_BACKWARD)
+
+
+def layer_memory(section: Section) -> str:
+    """MB saved for backward (x included where it is kept) / MB at the peak of one forward + backward."""
+    names = [name for name in _arm_names(section) if "[" not in name]
+    header = ["layer", "dtype", "dropout", "limit: x + hidden", *names]
+    rows = []
+    for record in section["train_info"]["cases"]:
+
+        def bytes_of(arm: dict[str, Any]) -> str:
+            return f"{_megabytes(arm['saved_bytes'])} / {_megabytes(arm['peak_bytes'])}"
+
+        limit = _megabytes(record.get("limits", {}).get("saved_bytes"))
+        rows.append([*_layer_label(record["case"]), limit, *[_cell(record, name, bytes_of) for name in names]])
+    return markdown(header, [*rows, *_unreached(section, _layer_label, len(header) - 3)])
+
+
+def _model_label(case: dict[str, Any]) -> Row:
+    size = f"{case['batch_size']} x {case['sequence_length']}"
+    return [f"{case['model']}, {size}, r={case['r']}", case["dtype"], str(case["dropout_p"])]
+
+
+def model_time(section: Section) -> str:
+    """Time per training step, relative to the frozen model."""
+    names = _arm_names(section, leave_out=model_arms.FROZEN)
+    header = ["model", "dtype", "dropout", f"{model_arms.FROZEN}, s per step", *names, "limit: ideal"]
+    rows = []
+    for record in section["train_info"]["cases"]:
+        limits = record.get("limits")
+        rows.append(
+            [
+                *_model_label(record["case"]),
+                _cell(record, model_arms.FROZEN, lambda arm: f"{arm['median_s']:.3f}"),
+                *[_cell(record, name, lambda arm: _ratio(arm, model_arms.FROZEN)) for name in names],
+                f"{limits['ideal_ratio']:.3f}" if limits else NOT_MEASURED,
+            ]
+        )
+    return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+
+
+def model_memory(section: Section) -> str:
+    """MB that an adapter adds to the frozen model's peak: resident memory / tensors, and as a share of PEFT's."""
+    names = _arm_names(section, leave_out=model_arms.FROZEN)
+    header = ["model", "dtype", "dropout", f"{model_arms.FROZEN}, peak MB", *names]
+
+    def peak(arm: dict[str, Any]) -> str:
+        taken = arm.get("memory", {})
+        if "tensor_bytes" not in taken:
+            return str(taken.get("status", NOT_MEASURED))
+        return " / ".join(_megabytes(taken[key]) for key in ("resident_bytes", "tensor_bytes"))
+
+    def added(arm: dict[str, Any]) -> str:
+        taken = arm.get("memory", {})
+        more = taken.get("added")
+        if more is None:
+            return str(taken.get("status", NOT_MEASURED))
+        text = " / ".join("+" + _megabytes(more[key]) for key in ("resident_bytes", "tensor_bytes"))
+        shares = more.get("relative_to_peft")
+        if shares is None:
+            return text
+        listed = " / ".join("-" if value is None else f"{value:.2f}" for value in shares.values())
+        return f"{text} ({listed} of PEFT's)"
+
+    rows = [
+        [
+            *_model_label(record["case"]),
+            _cell(record, model_arms.FROZEN, peak),
+            *[_cell(record, name, added) for name in names],
+        ]
+        for record in section["train_info"]["cases"]
+    ]
+    return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+
+
+def _call_label(case: dict[str, Any]) -> Row:
+    return [f"{case['K']} to {case['N']}, M={case['M']}, r={case['r']}", str(case["dropout_p"])]
+
+
+def call_overhead(section: Section) -> str:
+    """Microseconds per forward + backward of one tiny layer."""
+    names = _arm_names(section)
+    header = ["layer", "dropout", *[f"{name}, us" for name in names], "ours relative to PEFT"]
+    rows = []
+    for record in section["train_info"]["cases"]:
+        times = [_cell(record, name, lambda arm: f"{arm['median_s'] * 1e6:.1f}") for name in names]
+        ours = _cell(record, peers.OURS, lambda arm: _ratio(arm, peers.PEFT))
+        rows.append([*_call_label(record["case"]), *times, ours])
+    return markdown(header, [*rows, *_unreached(section, _call_label, len(header) - 2)])
+
+
+def remarks(section: Section) -> list[str]:
+    """One line per distinct reason for which an arm or a case has no figure."""
+    found: dict[str, None] = {}
+    for record in section["train_info"]["cases"]:
+        if record.get("status") == "failed":
+            found[f"{record['case']}: {record['reason']}"] = None
+        for name, arm in record.get("arms", {}).items():
+            for part in (arm, arm.get("memory", {})):
+                if part.get("status", "measured") != "measured":
+                    found[f"{name}: {part['status']}: {part['reason']}"] = None
+    return list(found)

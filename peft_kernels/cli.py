@@ -1,0 +1,156 @@
+"""The command line: `peft-kernels finetune | info | verify | bench`. Options only; the work is in the modules it calls.
+
+Those are imported when their command runs, so that `--help` does not wait for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError:  # an installation without dependencies
+    print("Error: the command line needs two more packages: pip install typer rich", file=sys.stderr)
+    sys.exit(2)
+
+from .training.settings import CHOICES, Settings
+
+app = typer.Typer(
+    name="peft-kernels",
+    help="Fused kernels for adapter training: fine-tune a model, check the kernels, describe this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of `peft-kernels`."""
+    app()
+
+
+def _fail(message: str, code: int = 2) -> typer.Exit:
+    typer.echo(f"Error: {message}", err=True)
+    return typer.Exit(code)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _option(name: str, text: str, flag: str | None = None) -> Any:
+    """The option behind a setting. It has no default of its own: what is not named comes from `Settings`, or on
+    --resume from the earlier run, so the value is None unless the user gave one."""
+    default = getattr(Settings, name)
+    choices = f"{', '.join(CHOICES[name])}. " if name in CHOICES else ""
+    shown = "" if default is None else f"(default: {default})"
+    return typer.Option(*([flag] if flag else []), help=f"{text}{': ' if choices else '. '}{choices}{shown}".strip())
+
+
+@app.command()
+def finetune(
+    ctx: typer.Context,
+    output: Annotated[Path, typer.Option(help="Directory for everything the run writes.")] = Path("runs/finetune"),
+    model: Annotated[
+        str | None,
+        _option("model", "smollm2, a transformers directory, a hub id, or random:llama-tiny (small, 135m, 1b, 8b)"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        _option("data", "Text file, .jsonl file, or a directory of them (default: the standard library's sources)"),
+    ] = None,
+    method: Annotated[str | None, _option("method", "Adapter")] = None,
+    r: Annotated[int | None, _option("r", "Rank", "--r")] = None,
+    lora_alpha: Annotated[float | None, _option("lora_alpha", "The update is scaled by alpha / r")] = None,
+    lora_dropout: Annotated[float | None, _option("lora_dropout", "Dropout on the adapter's input")] = None,
+    use_rslora: Annotated[bool | None, _option("use_rslora", "Scale by alpha / sqrt(r)")] = None,
+    target_modules: Annotated[
+        str | None, _option("target_modules", "Layer names separated by commas, or all-linear")
+    ] = None,
+    dtype: Annotated[str | None, _option("dtype", "Dtype of the base model")] = None,
+    adapter_dtype: Annotated[str | None, _option("adapter_dtype", "Dtype of the adapter; model: as the base")] = None,
+    seq_len: Annotated[int | None, _option("seq_len", "Tokens per sequence")] = None,
+    batch_size: Annotated[int | None, _option("batch_size", "Sequences per batch")] = None,
+    gradient_accumulation: Annotated[int | None, _option("gradient_accumulation", "Batches per step")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, _option("gradient_checkpointing", "Recompute activations in the backward pass")
+    ] = None,
+    steps: Annotated[int | None, _option("steps", "Optimizer steps in all")] = None,
+    lr: Annotated[float | None, _option("lr", "Learning rate of AdamW")] = None,
+    lr_schedule: Annotated[str | None, _option("lr_schedule", "Learning rate after warm-up")] = None,
+    warmup_steps: Annotated[int | None, _option("warmup_steps", "Steps in which the learning rate rises")] = None,
+    weight_decay: Annotated[float | None, _option("weight_decay", "Weight decay of AdamW")] = None,
+    max_grad_norm: Annotated[float | None, _option("max_grad_norm", "Gradient clipping, 0 for none")] = None,
+    compare: Annotated[str | None, _option("compare", "Train another implementation side by side")] = None,
+    seed: Annotated[int | None, _option("seed", "Seed of initial adapter, data order and dropout")] = None,
+    device: Annotated[str | None, _option("device", "auto, cpu, cuda or cuda:<number>")] = None,
+    save_every: Annotated[int | None, _option("save_every", "Steps between checkpoints")] = None,
+    sample_tokens: Annotated[int | None, _option("sample_tokens", "Length of the text sample, 0 for none")] = None,
+    prompt: Annotated[str | None, _option("prompt", "What the text sample continues")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
+) -> None:
+    """Fine-tune a causal language model with fused adapters, on its own or side by side with PEFT's layers."""
+    from .training.errors import UserError
+
+    own = ("output", "resume", "overwrite")
+    given = {name: value for name, value in ctx.params.items() if name not in own and value is not None}
+    if resume and overwrite:
+        raise _fail("--resume continues the run in --output, --overwrite replaces it; give one of them")
+    try:
+        from .training import finetune as training
+
+        code = training.run(given, output, resume, overwrite, _console())
+    except UserError as error:
+        raise _fail(str(error), error.exit_code) from None
+    except KeyboardInterrupt:
+        raise _fail("interrupted; what was saved last stays in --output", 130) from None
+    raise typer.Exit(code)
+
+
+@app.command()
+def info(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, hardware, loaded libraries, and which backend serves each operator here and why."""
+    from . import info as information
+
+    if json_output:
+        import json
+
+        typer.echo(json.dumps(information.gather(), indent=1))
+    else:
+        information.print_info(_console())
+
+
+@app.command()
+def verify() -> None:
+    """Check every operator, backend and dtype of this machine against the reference; exit code 1 if one is wrong."""
+    from .verify import verify as outcomes_of
+    from .verify.table import print_outcomes
+
+    console = _console()
+    outcomes = list(outcomes_of())
+    print_outcomes(outcomes, console)
+    raise typer.Exit(0 if all(outcome.passed for outcome in outcomes) else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(ctx: typer.Context) -> None:
+    """Run the benchmarks of a source tree; arguments go to `python -m benchmarks`."""
+    import os
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise _fail("the benchmarks are part of the source tree, not of the installed package; run this in a checkout")
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "benchmarks", *ctx.args]
+    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()

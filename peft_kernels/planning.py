@@ -1,0 +1,243 @@
+"""Working an injection out: which layers, which modules, what is in the way; nothing of the model is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import targets
+from .config import LoraConfig
+from .nn.linear import takeover_obstacle, type_name
+from .nn.lora import LoRALinear
+from .reports import LayerReport
+
+STATE = "_peft_kernels_injection"
+"""Name of the model's attribute that holds its `Injection`."""
+
+
+@dataclass
+class Injection:
+    """What `inject` remembers on the model; travels with copies and pickles of it.
+
+    Attributes:
+        config: the configuration, with `target_modules` spelled out.
+        layers: paths of the adapted layers.
+        saved_modules: paths of the modules trained in full.
+        trainable_before: names of the parameters that trained before.
+    """
+
+    config: LoraConfig
+    layers: tuple[str, ...]
+    saved_modules: tuple[str, ...]
+    trainable_before: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An injection worked out and checked, with every new tensor allocated, and nothing of the model changed yet."""
+
+    injection: Injection
+    layers: dict[str, LoRALinear]
+    places: dict[str, tuple[str, ...]]
+    saved: dict[str, nn.Module]
+    untied: tuple[tuple[nn.Module, str, nn.Parameter], ...]
+    rows: tuple[LayerReport, ...]
+    notes: tuple[str, ...]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and DistributedDataParallel's wrappers."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's `LoRALinear` layers by path, a layer used at several places once, by its first."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def paths_of(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """All paths of each module, by its id."""
+    paths: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(module), []).append(path)
+    return paths
+
+
+def first_peft_layer(model: nn.Module) -> str | None:
+    """The path of a LoRA layer of PEFT's, found without importing PEFT; None when there is none."""
+    tree = model.named_modules()
+    return next((path for path, module in tree if {"base_layer", "lora_A"} <= module._modules.keys()), None)
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """What `inject` left on this model, or None."""
+    return unwrapped(model).__dict__.get(STATE)
+
+
+def plan_injection(model: nn.Module, config: Any, seed: int | None, autocast_adapter_dtype: bool) -> Plan:
+    """Everything of `inject` that can fail; arguments and errors are those of `inject`."""
+    config = _checked_config(config)
+    _check_model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    saved = _modules_to_save(config, modules)
+    holders = paths_of(modules)
+    chosen, rows, notes = _choose(model, config, modules, holders)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    layers: dict[str, LoRALinear] = {}
+    places: dict[str, tuple[str, ...]] = {}
+    for path in chosen:
+        linear = modules[path]
+        assert isinstance(linear, nn.Linear)
+        options = config.options(
+            r=targets.pattern_value(config.rank_pattern, path, config.r),
+            lora_alpha=targets.pattern_value(config.alpha_pattern, path, config.lora_alpha),
+        )
+        if not autocast_adapter_dtype:
+            options = replace(options, adapter_dtype=linear.weight.dtype)
+        layers[path] = LoRALinear.over(linear, options, generator)
+        places[path] = tuple(holders[id(linear)])
+    if targets.wants_all_linear(config):
+        config = replace(config, target_modules=targets.names_for(chosen, modules), exclude_modules=None)
+    untied, untied_notes = _untied(model, saved)
+    parameters = model.named_parameters(remove_duplicate=False)
+    before = frozenset(name for name, parameter in parameters if parameter.requires_grad)
+    injection = Injection(config, tuple(layers), tuple(saved), before)
+    return Plan(injection, layers, places, saved, untied, tuple(rows), tuple(notes + untied_notes))
+
+
+def _checked_config(config: Any) -> LoraConfig:
+    if isinstance(config, LoraConfig):
+        return replace(config)  # a copy, checked anew: the caller's may have been edited since
+    if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
+        return LoraConfig.from_dict(config.to_dict())
+    raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}")
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if unwrapped(model) is not model:
+        raise ValueError("model is wrapped by torch.compile or DistributedDataParallel; inject into the model first")
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"model has adapters already ({path or 'the model'} is a LoRALinear); eject them first")
+    if (path := first_peft_layer(model)) is not None:
+        raise ValueError(f"model has PEFT adapters already (at {path}); use accelerate(model) to speed them up")
+
+
+def _modules_to_save(config: LoraConfig, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules to train in full by path, outermost only; raises when a name means nothing here."""
+    found: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or ():
+        paths = [path for path in modules if targets.ends_in(path, name)]
+        if not paths and name not in config.task_heads():
+            raise ValueError(f"modules_to_save names {name!r}, but no module's path ends in it")
+        for path in paths:
+            module = modules[path]
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                raise TypeError(f"modules_to_save cannot hold {path}, a {type_name(module)}; name the modules in it")
+            if not any(module is other for other in found.values()):
+                found[path] = module
+    return {path: module for path, module in found.items() if not any(path.startswith(f"{outer}.") for outer in found)}
+
+
+def _choose(
+    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], holders: dict[int, list[str]]
+) -> tuple[list[str], list[LayerReport], list[str]]:
+    """Paths to replace, one report row per linear layer, and notes."""
+    everything = targets.wants_all_linear(config)
+    output = targets.output_layer(model, config) if everything else None
+    rows: list[LayerReport] = []
+    refused: list[str] = []
+    for paths in holders.values():
+        module = modules[paths[0]]
+        linear = isinstance(module, nn.Linear)
+        if everything and not linear:
+            continue
+        verdicts = [(path, _not_named(config, path, module is output)) for path in paths]
+        path, reason = next((verdict for verdict in verdicts if verdict[1] is None), verdicts[0])
+        if reason is None:
+            reason = _obstacle(model, path, modules)
+            if reason is not None and not everything:
+                refused.append(f"{path or 'the model'}: {reason}")
+        elif not linear:
+            continue
+        rows.append(LayerReport(path, type_name(module), reason))
+    if refused:
+        raise ValueError("target_modules names modules that cannot be adapted: " + shortened(refused, "; "))
+    chosen = [row.path for row in rows if row.fused]
+    if not chosen:
+        raise ValueError(_nothing_matches(config, rows))
+    notes = ["target_modules is not given: every linear layer is adapted"] if config.target_modules is None else []
+    return chosen, rows, notes
+
+
+def _not_named(config: LoraConfig, path: str, is_output: bool) -> str | None:
+    """Why the configuration does not mean the module at `path`; None when it does."""
+    excluded = targets.exclusion(config, path)
+    if excluded is not None:
+        return excluded
+    if targets.wants_all_linear(config):
+        return "the output layer, which all-linear leaves out" if is_output else None
+    return None if targets.is_target(config, path) else "target_modules does not name it"
+
+
+def _obstacle(model: nn.Module, path: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why the module at `path` cannot be replaced; None when it can."""
+    if not path:
+        return "it is the whole model; use nn.LoRALinear.from_linear"
+    parent = modules[path.rpartition(".")[0]]
+    return takeover_obstacle(modules[path]) or targets.bypassed(model, path, parent)
+
+
+def _nothing_matches(config: LoraConfig, rows: list[LayerReport]) -> str:
+    if targets.wants_all_linear(config):
+        reasons = sorted({f"{row.path}: {row.reason}" for row in rows})
+        found = shortened(reasons, "; ") if reasons else "the model has none"
+        return f"no linear layer can be adapted: {found}"
+    names = sorted({row.path.rpartition(".")[2] for row in rows})
+    limits = {
+        name: getattr(config, name)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        if getattr(config, name) is not None
+    }
+    asked = ", ".join(f"{name}={value!r}" for name, value in limits.items())
+    return f"no layer matches {asked}; the model's linear layers are named {', '.join(names) or '(there are none)'}"
+
+
+def shortened(items: list[str], separator: str, limit: int = 5) -> str:
+    """The first `limit` items, and how many more there are."""
+    more = f" (and {len(items) - limit} more)" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more
+
+
+def _untied(
+    model: nn.Module, saved: dict[str, nn.Module]
+) -> tuple[tuple[tuple[nn.Module, str, nn.Parameter], ...], list[str]]:
+    """Copies of the parameters that modules_to_save share with the rest of the model."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    copies: list[tuple[nn.Module, str, nn.Parameter]] = []
+    notes: list[str] = []
+    for path, module in saved.items():
+        for inner, owner in module.named_modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                outside = [holder for holder in holders[id(parameter)] if not holder.startswith(f"{path}.")]
+                if outside:
+                    copies.append((owner, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad)))
+                    here = ".".join(filter(None, (path, inner, name)))
+                    notes.append(f"{here} was tied to {', '.join(outside)} and now is a copy, to train by itself")
+    return tuple(copies), notes

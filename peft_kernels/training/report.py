@@ -1,0 +1,156 @@
+"""What a finished run leaves: `metrics.json`, `report.html` (one page, images embedded), the table on the terminal."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .arms import Arm
+from .errors import require
+from .metrics import ArmSummary, Row, results_rows, summary_as_dict
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything that is reported about one run.
+
+    Attributes:
+        environment: versions and device, see `info.versions`.
+        adapter_report: what `inject` said about the layers it replaced.
+        before, after: `sample` (continuation of `prompt`) and `held_out_loss` around training.
+        curve_difference: largest relative difference of the arms' losses; None for a single arm.
+        peft_check: held-out loss of the written adapter in plain PEFT; None where that was not run.
+    """
+
+    settings: Settings
+    model: str
+    corpus: str
+    environment: dict[str, str]
+    adapter_report: str
+    arms: list[Arm]
+    summaries: list[ArmSummary]
+    memory_measure: str
+    prompt: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    curve_difference: float | None
+    peft_check: float | None
+
+    def rows(self) -> list[Row]:
+        """The results table; our arm comes last, as the ratios read."""
+        return results_rows(self.summaries[::-1])
+
+    def columns(self) -> list[str]:
+        """Heads of the results table."""
+        names = [summary.name for summary in self.summaries[::-1]]
+        return ["", *names, *(["ratio"] if len(names) > 1 else [])]
+
+
+def write_metrics(result: RunResult, path: Path) -> None:
+    """Writes all numbers of the run as JSON."""
+    record = {
+        "settings": result.settings.as_dict(),
+        "model": result.model,
+        "corpus": result.corpus,
+        "environment": result.environment,
+        "arms": {
+            arm.name: {"summary": summary_as_dict(summary), "steps": [asdict(step) for step in arm.history]}
+            for arm, summary in zip(result.arms, result.summaries, strict=True)
+        },
+        "memory_measure": result.memory_measure,
+        "largest_relative_loss_difference": result.curve_difference,
+        "held_out_loss_of_written_adapter_in_peft": result.peft_check,
+        "prompt": result.prompt,
+        "before": result.before,
+        "after": result.after,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_html(result: RunResult, images: tuple[Path, ...], path: Path) -> None:
+    """Writes the one-page report; nothing in it is loaded from elsewhere."""
+    jinja2 = require("jinja2")
+    template = resources.files(__package__).joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    encoded = [base64.b64encode(image.read_bytes()).decode() for image in images]
+    page = environment.from_string(template).render(
+        result=result,
+        columns=result.columns(),
+        rows=result.rows(),
+        headline=headline(result),
+        notes=notes(result),
+        images=encoded,
+        settings=result.settings.as_dict(),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def headline(result: RunResult) -> list[tuple[str, str]]:
+    """The few numbers at the top of the page: value and what it is."""
+    ours = result.summaries[0]
+    items = [(f"{ours.tokens_per_second:,.0f}", "tokens per second")]
+    if len(result.summaries) > 1:
+        other = result.summaries[1]
+        items.append((f"{other.seconds_per_step / ours.seconds_per_step:.2f}x", f"speed of {other.name}'s layers"))
+        items.append((f"{ours.peak_bytes / other.peak_bytes:.0%}", f"of {other.name}'s peak memory of a step"))
+    else:
+        items.append((f"{ours.peak_bytes / 2**20:,.0f} MiB", "peak memory of a step"))
+    if ours.held_out_loss is not None and result.before["held_out_loss"] is not None:
+        items.append((f"{result.before['held_out_loss']:.3f} → {ours.held_out_loss:.3f}", "held-out loss"))
+    else:
+        items.append((f"{ours.final_loss:.3f}", "final training loss"))
+    return items
+
+
+def notes(result: RunResult) -> list[str]:
+    """What was measured, and how the two arms agree, in sentences."""
+    sentences = [
+        "Step times include forward, backward and optimizer; the first steps after a start are left out.",
+        f"Peak memory: {result.memory_measure}, for forward and backward of one extra step outside the timings. "
+        "Weights, adapters and optimizer state are held before the step and not part of it.",
+        "Final training loss: mean of the last 10 steps. Held-out loss: blocks of the corpus that are not trained on.",
+    ]
+    if len(result.arms) > 1:
+        sentences.insert(
+            0,
+            "Both arms ran in one process over the same frozen weights, from the same initial adapter, on the same "
+            "batches, one step each in turn. Ratio: peft-kernels over PEFT.",
+        )
+    if result.curve_difference is not None:
+        sentences.append(f"Largest relative difference between the two loss curves: {result.curve_difference:.1e}.")
+    if result.peft_check is not None:
+        rounding = "; they round differently in bfloat16" if result.settings.dtype == "bfloat16" else ""
+        sentences.append(
+            f"The written adapter, loaded by plain PEFT: held-out loss {result.peft_check:.4f} "
+            f"(peft-kernels: {result.summaries[0].held_out_loss:.4f}{rounding})."
+        )
+    return sentences
+
+
+def print_results(result: RunResult, console: Console, output: Path) -> None:
+    """Prints the table, the text sample and where everything lies."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(result.columns()):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in result.rows():
+        table.add_row(row.label, *row.cells, *([row.ratio or ""] if len(result.arms) > 1 else []))
+    console.print(table)
+    for note in notes(result):
+        console.print(f"- {note}", highlight=False, markup=False, style="dim")
+    if result.after["sample"]:
+        for label, text in (("before", result.before["sample"]), ("after", result.after["sample"])):
+            console.rule(f"text sample {label} training", align="left")
+            console.print(result.prompt, end="", highlight=False, markup=False, style="dim")
+            console.print(text, highlight=False, markup=False)
+        console.rule()
+    for label, name in (("Report", "report.html"), ("Numbers", "metrics.json"), ("Adapter", "adapter")):
+        console.print(f"{label + ':':<9} {output / name}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,135 @@
+"""The options of `peft-kernels finetune`, checked in one place, stored with every run and compared on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("lora",),
+    "dtype": ("float32", "bfloat16"),
+    "adapter_dtype": ("float32", "model"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "compare": ("none", "peft"),
+}
+_AT_LEAST = {
+    "r": 1,
+    "seq_len": 2,
+    "batch_size": 1,
+    "gradient_accumulation": 1,
+    "steps": 1,
+    "warmup_steps": 0,
+    "save_every": 1,
+    "sample_tokens": 0,
+    "seed": 0,
+}
+# May differ between the two halves of a resumed run: they do not enter the arithmetic. The data are compared by
+# content, not by path.
+_FREE_ON_RESUME = ("data", "save_every", "sample_tokens", "prompt")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One fine-tuning run. Names are those of the options; `peft-kernels finetune --help` describes them."""
+
+    model: str = "smollm2"
+    data: str | None = None
+    method: str = "lora"
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str = "all-linear"
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    seq_len: int = 256
+    batch_size: int = 2
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    steps: int = 100
+    lr: float = 2e-4
+    lr_schedule: str = "constant"
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    compare: str = "none"
+    seed: int = 0
+    device: str = "auto"
+    save_every: int = 50
+    sample_tokens: int = 64
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{option(name)} must be at least {least}, got {getattr(self, name)}")
+        for name in ("lr", "lora_alpha"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"{option(name)} must be a positive number, got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.modules() == []:
+            raise UserError("--target-modules must be all-linear or module names separated by commas, got nothing")
+
+    def modules(self) -> str | list[str]:
+        """`target_modules` as the configurations take it: `"all-linear"`, or a list of names."""
+        if self.target_modules == "all-linear":
+            return self.target_modules
+        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_size * self.gradient_accumulation * self.seq_len
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def option(name: str) -> str:
+    """The command line's spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """The settings of a resumed run: those of its first part, with what may change taken from `given`.
+
+    Args:
+        saved: the settings stored in the checkpoint.
+        given: the settings that were named on the command line, by name.
+
+    Raises:
+        UserError: a given setting differs and would change the loss curve; the message names the option.
+    """
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if set(saved) != known:
+        differing = ", ".join(option(name) for name in sorted(set(saved) ^ known))
+        raise UserError(f"the checkpoint was written by another version of peft-kernels, which differs in {differing}")
+    merged = dict(saved)
+    for name, value in given.items():
+        if value == saved[name]:
+            continue
+        if name == "steps":
+            if saved["lr_schedule"] != "constant":
+                raise UserError(
+                    f"--steps {value}: the run was started with --steps {saved['steps']} and --lr-schedule "
+                    f"{saved['lr_schedule']}, whose learning rates depend on it; --resume needs the same number"
+                )
+        elif name not in _FREE_ON_RESUME:
+            raise UserError(
+                f"{option(name)} {value}: the run was started with {option(name)} {saved[name]}; --resume continues "
+                "it unchanged, so leave the option out or choose another --output"
+            )
+        merged[name] = value
+    return Settings(**merged)

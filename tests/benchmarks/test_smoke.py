@@ -1,0 +1,78 @@
+"""The suite runs end to end on tiny shapes, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    output = tmp_path_factory.mktemp("results")
+    process = run("--suite", "smoke", "--threads", "1", "--output", str(output))
+    assert process.returncode == 0, process.stderr
+    (path,) = output.glob("*/smoke.json")
+    return process, json.loads(path.read_text())["sections"]
+
+
+def test_every_benchmark_writes_a_section_with_its_origin(smoke: Any) -> None:
+    _, sections = smoke
+    assert set(sections) == {"lora_layer", "call_overhead", "lora_model"}
+    for section in sections.values():
+        assert set(section) == {"run_info", "train_info", "meta_info"}
+        assert {"created_at", "command", "commit", "dirty", "total_time_s"} <= set(section["run_info"])
+        assert section["meta_info"]["package_info"]["torch"]
+        assert section["meta_info"]["system_info"]["threads"] == 1
+        assert section["train_info"]["cases"]
+        assert section["train_info"]["not_reached"] == []
+
+
+def test_every_model_arm_is_timed_and_weighed(smoke: Any) -> None:
+    arms = smoke[1]["lora_model"]["train_info"]["cases"][0]["arms"]
+    assert len(arms) == 5
+    for name, arm in arms.items():
+        assert arm["status"] == "measured", (name, arm)
+        assert arm["memory"]["tensor_bytes"] > arm["memory"]["tensor_before_bytes"] > 0
+        assert arm["memory"]["resident_bytes"] >= arm["memory"]["resident_before_bytes"] > 0
+    assert arms["PEFT"]["memory"]["added"]["relative_to_peft"] == {"resident_bytes": 1.0, "tensor_bytes": 1.0}
+    assert arms["PEFT"]["trainable_parameters"] == arms["ours, inject"]["trainable_parameters"] > 0
+    assert arms["frozen model"]["trainable_parameters"] == 0
+
+
+def test_the_tables_are_printed(smoke: Any) -> None:
+    process, _ = smoke
+    assert "Time per training step, relative to the frozen model." in process.stdout
+    assert "Microseconds per forward + backward of one tiny layer." in process.stdout
+
+
+def test_a_gpu_suite_without_a_gpu_says_so() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    process = run("--suite", "gpu")
+    assert process.returncode == 1
+    assert "needs a CUDA device" in process.stderr
+
+
+def test_no_case_begins_after_the_time_limit(tmp_path: Path) -> None:
+    process = run("--suite", "smoke", "--only", "call_overhead", "--time-limit", "0", "--output", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    (path,) = tmp_path.glob("*/smoke.json")
+    train_info = json.loads(path.read_text())["sections"]["call_overhead"]["train_info"]
+    assert train_info["cases"] == []
+    assert len(train_info["not_reached"]) == 1

@@ -1,0 +1,1 @@
+"""The command line, on models small enough to train in a second."""
