@@ -227,7 +227,9 @@ def compiler_version(compiler: str) -> str:
     return re.sub(r"[^\w .+()-]", "", release).strip()
 
 
-def write_ninja(libraries: list[SharedLibrary], compiler: str, torch_dir: Path, nvcc: str | None, codes: list[str]) -> Path:
+def write_ninja(
+    libraries: list[SharedLibrary], compiler: str, torch_dir: Path, nvcc: str | None, codes: list[str]
+) -> None:
     """Writes build.ninja; unchanged text keeps its time stamp, so that a no-op build is one."""
     from io import StringIO
 
@@ -236,7 +238,8 @@ def write_ninja(libraries: list[SharedLibrary], compiler: str, torch_dir: Path, 
     text = StringIO()
     writer = ninja_syntax.Writer(text, width=120)
     torch_flags = f"-isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"
-    writer.variable("cxxflags", f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wno-unused-function -Wno-maybe-uninitialized {torch_flags}")
+    warnings = "-Wall -Wno-unused-function -Wno-maybe-uninitialized"  # the last for gcc's own intrinsics
+    writer.variable("cxxflags", f"-std=c++20 -O3 -fPIC -fvisibility=hidden {warnings} {torch_flags}")
     writer.rule(
         "cxx",
         f"{compiler} -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
@@ -272,7 +275,6 @@ def write_ninja(libraries: list[SharedLibrary], compiler: str, torch_dir: Path, 
     path = BUILD / "build.ninja"
     if not path.exists() or path.read_text() != text.getvalue():
         path.write_text(text.getvalue())
-    return path
 
 
 class NinjaBuild(build_ext):

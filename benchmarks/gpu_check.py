@@ -128,16 +128,15 @@ def check(output: Path) -> int:
     limit = min(240.0, deadline - time.monotonic())
     steps.append(_run("benchmarks", [*bench, "--time-limit", f"{limit - 30:.0f}"], output, limit))
     steps += _sanitizers(output, deadline)
-    summary = {"environment": _environment(), "steps": [asdict(step) for step in steps], "verified": kernels}
+    environment = _environment()
+    summary = {"environment": environment, "steps": [asdict(step) for step in steps], "verified": kernels}
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (output / "summary.md").write_text(_markdown(summary, steps))
+    (output / "summary.md").write_text(_markdown(environment, steps))
     print((output / "summary.md").read_text())
     return 0 if all(step.status in ("passed", "not run") for step in steps) else 1
 
 
-def _markdown(summary: dict[str, object], steps: list[Step]) -> str:
-    environment = summary["environment"]
-    assert isinstance(environment, dict)
+def _markdown(environment: dict[str, object], steps: list[Step]) -> str:
     lines = [f"# GPU check on {environment['gpu']} ({environment['architecture']}), {environment['date']}", ""]
     lines += ["| step | outcome | seconds | |", "| --- | --- | --- | --- |"]
     lines += [f"| {step.name} | {step.status} | {step.seconds} | {step.note} |" for step in steps]

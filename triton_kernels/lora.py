@@ -23,9 +23,9 @@ from .common import Dropout, ceil_div, even_chunks, padded
 # Warps to split a sum over: 16 on each of the 132 multiprocessors of an H100, enough loads in flight for its memory.
 # A constant, not the device's own count: the order of summation must not depend on the machine.
 _TARGET_WARPS = 2112
-# Up to this rank `lora_grad_b` reads dy once. The partial sums of its one-pass kernel grow with the rank (8 r bytes
+# Bytes per activation -> rank up to which `lora_grad_b` reads dy once. The partial sums of its one-pass kernel grow with the rank (8 r bytes
 # per row and column panel); at 64 they cost as much as the second read they save.
-_ONE_PASS_RANK = 32
+_ONE_PASS_RANK = {2: 32, 4: 16}
 # Dtypes whose big product is ours; float32 goes to the library's GEMM and our accumulate kernel, since exact float32
 # has no tensor core and Triton's loop over scalar multiply-adds is well behind cuBLAS (which also honors TF32).
 _FUSED_MATMUL_DTYPES = (torch.bfloat16, torch.float16)
@@ -58,19 +58,19 @@ _TILES = {
     ("shrink", 2): Tile(64, 64, num_warps=4, num_stages=4),
     ("shrink", 4): Tile(64, 32, num_warps=4, num_stages=3),
     ("shrink wide", 2): Tile(128, 64, num_warps=8, num_stages=3),
-    ("shrink wide", 4): Tile(128, 32, num_warps=8, num_stages=3),
+    ("shrink wide", 4): Tile(128, 16, num_warps=8, num_stages=3),
     ("factor_grad", 2): Tile(64, 128, num_warps=8, num_stages=3),
-    ("factor_grad", 4): Tile(32, 64, num_warps=4, num_stages=3),
+    ("factor_grad", 4): Tile(32, 64, num_warps=8, num_stages=3),
     ("grad_b", 2): Tile(64, 256, num_warps=8, num_stages=2),
-    ("grad_b", 4): Tile(32, 256, num_warps=8, num_stages=2),
+    ("grad_b", 4): Tile(32, 128, num_warps=8, num_stages=2),
     ("accumulate", 2): Tile(64, 128, num_warps=8, num_stages=1),
-    ("accumulate", 4): Tile(64, 64, num_warps=8, num_stages=1),
+    ("accumulate", 4): Tile(64, 64, num_warps=4, num_stages=1),
     ("mask", 1): Tile(32, 256, num_warps=4, num_stages=1),
 }
 # The GEMM's tiles: two warpgroups on 128 x 256 where a block has 144 KiB and the grid still fills an H100 (on Ampere,
 # whose accumulators share the registers with the operands, that tile spills); 128 x 128 elsewhere; few rows.
 _MATMUL_LARGE = Tile(128, 256, num_warps=8, num_stages=3, inner=64)
-_MATMUL_MEDIUM = Tile(128, 128, num_warps=4, num_stages=3, inner=64)
+_MATMUL_MEDIUM = Tile(128, 128, num_warps=8, num_stages=3, inner=64)
 _MATMUL_FLAT = Tile(64, 64, num_warps=4, num_stages=4, inner=64)
 
 
@@ -82,9 +82,15 @@ def _matmul_tile(device: torch.device, M: int, columns: int) -> Tile:
     return _MATMUL_LARGE if fills and hopper_or_later else _MATMUL_MEDIUM
 
 
-def _rank_block(rank: int, device: torch.device) -> int:
-    """Width of a rank tile in the kernels that keep the whole of it; half on cards with 100 KiB of shared memory."""
-    return padded(rank, 16, 128 if common.shared_memory(device) >= 160 * _KIB else 64)
+def _rank_block(rank: int, x: Tensor) -> int:
+    """Width of a rank tile where all of the rank is wanted at once; cards with 100 KiB and float32 hold half as much."""
+    wide = x.element_size() == 2 and common.shared_memory(x.device) >= 160 * _KIB
+    return padded(rank, 16, 128 if wide else 64)
+
+
+def _rank_step(rank: int, x: Tensor) -> int:
+    """Width of a rank tile where the rank is the inner dimension, walked step by step."""
+    return padded(rank, 16, 32 if x.element_size() == 2 else 16)
 
 
 def _tile(kernel: str, tensor: Tensor) -> Tile:
@@ -113,7 +119,7 @@ def lora_shrink(x: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng
     """See `peft_kernels.reference.lora.lora_shrink`."""
     (M, C), rank = x.shape, factor.shape[0]
     dropout, tile = Dropout(dropout_p, rng_state), _tile("shrink" if rank <= 32 else "shrink wide", x)
-    block_r = _rank_block(rank, x.device)
+    block_r = _rank_block(rank, x)
     row_blocks, rank_blocks = ceil_div(M, tile.rows), ceil_div(rank, block_r)
     chunk, splits = tile.splits(row_blocks * rank_blocks, ceil_div(C, tile.columns))
     out = torch.empty((M, rank), dtype=torch.float32, device=x.device)
@@ -139,7 +145,7 @@ def lora_accumulate_(
         lora_kernels.accumulate_kernel, (ceil_div(M, tile.rows), ceil_div(C, tile.columns)), out.device,
         out, hidden, factor, dropout.rng_state, M, C, rank, *out.stride(), *hidden.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold,
-        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=padded(rank, 16, 32),
+        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=_rank_step(rank, out),
         **_options(tile),
     )  # fmt: skip
 
@@ -182,7 +188,7 @@ def fused_matmul(
         *x.stride(), *matrix.stride(), 0 if bias is None else bias.stride(0), *hidden.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold,
         DROPOUT=dropout.active, BIAS=bias is not None, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.inner,
-        BLOCK_R=padded(rank, 16, 32), GROUP_M=8, **_options(tile),
+        BLOCK_R=_rank_step(rank, x), GROUP_M=8, **_options(tile),
     )  # fmt: skip
     return out
 
@@ -199,7 +205,7 @@ def lora_factor_grad(
     """See `peft_kernels.reference.lora.lora_factor_grad`."""
     (M, C), rank = x.shape, hidden.shape[1]
     dropout, tile = Dropout(dropout_p, rng_state), _tile("factor_grad", x)
-    block_r = _rank_block(rank, x.device)
+    block_r = _rank_block(rank, x)
     column_blocks, rank_blocks = ceil_div(C, tile.columns), ceil_div(rank, block_r)
     chunk, splits = tile.splits(column_blocks * rank_blocks, ceil_div(M, tile.rows))
     shape, strides = ((C, rank), (rank, 1)) if transposed else ((rank, C), (1, C))
@@ -219,7 +225,8 @@ def lora_factor_grad(
 def lora_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """See `peft_kernels.reference.lora.lora_grad_b`."""
     (M, N), rank = grad_out.shape, hidden.shape[1]
-    if rank > _ONE_PASS_RANK:
+    one_pass_rank = _ONE_PASS_RANK[grad_out.element_size()]
+    if rank > one_pass_rank:
         return (
             lora_shrink(grad_out, lora_b.t(), scaling, 0.0, None),
             lora_factor_grad(grad_out, hidden, scaling, 0.0, None, lora_b.dtype, True),
@@ -236,7 +243,7 @@ def lora_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float
         lora_kernels.grad_b_kernel, (panels, splits), grad_out.device,
         grad_out, hidden, lora_b, partial_hidden, partial_b, M, N, rank,
         *grad_out.stride(), *hidden.stride(), *lora_b.stride(), scaling, chunk,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=padded(rank, 16, _ONE_PASS_RANK), **_options(tile),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=padded(rank, 16, one_pass_rank), **_options(tile),
     )  # fmt: skip
     if panels > 1:
         common.sum_partials(partial_hidden, grad_hidden)

@@ -116,7 +116,7 @@ Dropout make_dropout(const char* op, double dropout_p, const std::optional<Tenso
       rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 && rng_state->size(0) == 2 &&
           rng_state->is_cpu(),
       op, ": rng_state must be int64 [2] (seed, offset) on the CPU");
-  const Tensor state = torch::stable::contiguous(*rng_state);
+  const Tensor state = rng_state->is_contiguous() ? *rng_state : torch::stable::contiguous(*rng_state);
   const int64_t* words = state.const_data_ptr<int64_t>();
   dropout.active = true;
   dropout.state = {words[0], words[1]};
@@ -131,6 +131,9 @@ Dropout make_dropout(const char* op, double dropout_p, const std::optional<Tenso
 Tensor with_unit_columns(const Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
+
+// Asking first spares a dispatcher call, which a small layer would notice.
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
 
@@ -167,8 +170,17 @@ Tensor in_accumulation_dtype(const Tensor& factor, DType dtype) {
   return factor.scalar_type() == target ? factor : torch::stable::to(factor, target);
 }
 
-Factor factor_of(const Tensor& factor, double scale) {
-  return {factor.data_ptr(), factor.size(0), factor.size(1), factor.stride(0), factor.stride(1), scale};
+// `transposed` reads a [C, r] tensor, the layout of lora_b, as the factor [r, C].
+Factor factor_of(const Tensor& factor, double scale, bool transposed = false) {
+  const int64_t j = transposed ? 1 : 0, c = 1 - j;
+  return {factor.data_ptr(), factor.size(j), factor.size(c), factor.stride(j), factor.stride(c), scale};
+}
+
+void check_factor_dtype(const char* op, const char* name, const Tensor& factor, DType dtype) {
+  const DType own = activation_dtype(op, name, factor);
+  STD_TORCH_CHECK(
+      (own == DType::f64) == (dtype == DType::f64), op, ": ", name,
+      " must be float64 if and only if the activations are");
 }
 
 void check_factor(const char* op, const char* name, const Tensor& factor, int64_t columns, DType dtype) {
@@ -176,20 +188,17 @@ void check_factor(const char* op, const char* name, const Tensor& factor, int64_
   STD_TORCH_CHECK(
       factor.size(1) == columns && factor.size(0) >= 1, op, ": ", name, " must be [rank >= 1, ", columns, "], got ",
       shape_of(factor));
-  const DType own = activation_dtype(op, name, factor);
-  STD_TORCH_CHECK(
-      (own == DType::f64) == (dtype == DType::f64), op, ": ", name,
-      " must be float64 if and only if the activations are");
+  check_factor_dtype(op, name, factor, dtype);
 }
 
 // --- the three products on checked arguments ---
 
 void shrink_into(
-    const Tensor& out, const Tensor& x, const Tensor& lora_factor, double scaling, DType dtype,
-    const Dropout& dropout) {
+    const Tensor& out, const Tensor& x, const Tensor& lora_factor, double scaling, DType dtype, const Dropout& dropout,
+    bool transposed = false) {
   const SkinnyKernels& kernel = products(dtype);
   const Tensor cast = in_accumulation_dtype(lora_factor, dtype);
-  const Factor factor = factor_of(cast, scaling * dropout.scale);
+  const Factor factor = factor_of(cast, scaling * dropout.scale, transposed);
   const Scratch packed(kernel.shrink_packed_bytes(factor));
   parallel_units(factor.columns, kPanel, 8 * factor.rank, [&](int64_t begin, int64_t end) {
     kernel.shrink_pack(factor, begin, end, packed.get());
@@ -206,7 +215,7 @@ void accumulate_into(
     const Dropout& dropout) {
   const SkinnyKernels& kernel = products(dtype);
   const Tensor cast = in_accumulation_dtype(lora_factor, dtype);
-  const Tensor rows = torch::stable::contiguous(left);
+  const Tensor rows = as_contiguous(left);
   const Factor factor = factor_of(cast, scaling * dropout.scale);
   const Hidden hidden = {rows.data_ptr(), factor.rank};
   const Scratch packed(kernel.accumulate_packed_bytes(factor));
@@ -271,7 +280,7 @@ void factor_grad_into(
     const Tensor& grad, const Tensor& x, const Tensor& right, double scaling, DType dtype, const Dropout& dropout,
     bool transposed) {
   const SkinnyKernels& kernel = products(dtype);
-  const Tensor contiguous_right = torch::stable::contiguous(right);
+  const Tensor contiguous_right = as_contiguous(right);
   const Hidden hidden = {contiguous_right.data_ptr(), right.size(1)};
   const Matrix matrix = matrix_of(x);
   const int64_t rank = hidden.rank, panels = divide_up(matrix.columns, kPanel);
@@ -408,12 +417,11 @@ std::tuple<Tensor, Tensor> lora_grad_b(Tensor grad_out, Tensor hidden, Tensor lo
   const int64_t rank = check_hidden(op, hidden, grad_out.size(0), dtype);
   check_shape(op, "lora_b", lora_b, grad_out.size(1), rank);
   const Tensor rows = with_unit_columns(grad_out);
-  const Tensor factor = torch::stable::transpose(lora_b, 0, 1);
-  check_factor(op, "lora_b^T", factor, grad_out.size(1), dtype);
+  check_factor_dtype(op, "lora_b", lora_b, dtype);
   Tensor grad_hidden = new_matrix(grad_out, grad_out.size(0), rank, accumulation_type(dtype));
   Tensor grad_b = new_matrix(grad_out, grad_out.size(1), rank, lora_b.scalar_type());
   // Both products read dy; on the CPU the second read comes from the cache, so each keeps its own best split.
-  shrink_into(grad_hidden, rows, factor, scaling, dtype, Dropout());
+  shrink_into(grad_hidden, rows, lora_b, scaling, dtype, Dropout(), true);
   factor_grad_into(grad_b, rows, hidden, scaling, dtype, Dropout(), true);
   return {grad_hidden, grad_b};
 }

@@ -97,7 +97,8 @@ class LoRALinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -107,30 +108,20 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         device_type, dtype = x.device.type, x.dtype
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         shrink = backends.kernel("lora_shrink", device_type, dtype, backend)
         matmul = backends.kernel("lora_matmul", device_type, dtype, backend)
         hidden = shrink(rows, lora_a, 1.0, dropout_p, rng_state)
         y = matmul(rows, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None)
-        return (y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])), hidden
+        need_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if need_x else None, weight, lora_a, lora_b, hidden, rng_state)
+        ctx.shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def, override]
-        x, weight, bias, lora_a, lora_b, rng_state, ctx.scaling, ctx.dropout_p, ctx.backend = inputs
-        hidden = output[1]
-        ctx.mark_non_differentiable(hidden)
-        ctx.set_materialize_grads(False)
-        keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
-        ctx.shape = x.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if keep_x else None, weight, lora_a, lora_b, hidden, rng_state)
-
-    @staticmethod
-    def backward(ctx, grad_out, _grad_hidden):  # type: ignore[no-untyped-def, override]
-        if grad_out is None:
-            return (None,) * 9
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
         if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
             return _differentiable_backward(ctx, grad_out)
         x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
@@ -155,9 +146,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if need_a or need_weight:
             rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
             if need_a:
-                grad_a = kernel("lora_factor_grad")(
-                    rows, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False
-                )
+                grad_a = kernel("lora_factor_grad")(rows, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False)
             if need_weight:
                 grad_weight = dy.t() @ rows
         if need_bias:
@@ -167,7 +156,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     """The gradients through autograd of the reference, so that they can be differentiated again."""
-    x, weight, lora_a, lora_b, _, rng_state = ctx.saved_tensors
+    x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
     need = ctx.needs_input_grad
     rows = grad_out.reshape(-1, grad_out.shape[-1])
     scaling, p = ctx.scaling, ctx.dropout_p
@@ -186,9 +175,10 @@ def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-
         if need[3]:
             grad_a = (grad_hidden.t() @ reference.dropped(inputs.to(accumulate), p, rng_state)).to(lora_a.dtype)
     if need[4]:
-        if x is None:
+        if x is not None:
+            hidden = reference.lora_shrink(x.reshape(-1, x.shape[-1]), lora_a, 1.0, p, rng_state)
+        elif need[0]:  # hidden depends on x, which was not saved; without x's gradient it is a constant
             raise RuntimeError("double backward through lora_linear needs lora_a or weight to require gradients")
-        hidden = reference.lora_shrink(x.reshape(-1, x.shape[-1]), lora_a, 1.0, p, rng_state)
         grad_b = (rows.to(accumulate).t() @ hidden * scaling).to(lora_b.dtype)
     return dx, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None
 
@@ -197,10 +187,7 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> None:
     """Raises before anything runs; every message names the argument, what was expected and what came."""
     if weight.dim() != 2:
         raise ValueError(f"lora_linear: weight must be 2-D [out_features, in_features], got {_describe(weight)}")
@@ -234,10 +221,10 @@ def _check(
         raise ValueError(f"lora_linear: dropout_p must be a probability in [0, 1], got {dropout_p}")
 
 
-# Function.apply binds its arguments to forward's signature in every call, for the sake of torch.func, and that costs
-# more than both operators of a small layer. Without transforms the base class's apply does the same.
+# torch.func's transforms need rules for every operator they meet; the reference is made of torch's own, which do.
+# Without them the base class's apply does all that Function.apply does, in a call that a small layer can afford.
 _apply = super(torch.autograd.Function, LoRALinearFunction).apply
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def draw_rng_state(device: torch.device) -> Tensor:
@@ -274,6 +261,8 @@ def lora_linear(
         `[..., N]` in x's dtype. Under autocast, x, weight and bias are cast to the autocast dtype first; the factors
         keep theirs.
 
+    Inside `torch.func` transforms (`grad`, `vmap`, `jvp`) the reference runs, which they can take apart.
+
     Saved for backward: x (only while lora_a or weight trains) and `[M, r]` float32. The dropout mask is regenerated
     from 16 bytes. Same inputs and seed, same bits, for any number of threads.
 
@@ -291,11 +280,16 @@ def lora_linear(
     _check(x, weight, bias, lora_a, lora_b, dropout_p)
     active = training and dropout_p > 0.0
     rng_state = draw_rng_state(x.device) if active else None
-    apply = LoRALinearFunction.apply if torch.compiler.is_compiling() or _transforms_active() else _apply
-    y, _ = apply(
-        x, weight, bias, lora_a, lora_b, rng_state, scaling, dropout_p if active else 0.0, backends.forced_backend()
+    p = dropout_p if active else 0.0
+    if torch.compiler.is_compiling():
+        apply = LoRALinearFunction.apply
+    elif _transforms_active():
+        return reference.lora_linear(x, weight, bias, lora_a, lora_b, scaling, p, rng_state)
+    else:
+        apply = _apply
+    return apply(  # type: ignore[no-any-return]
+        x, weight, bias, lora_a, lora_b, rng_state, scaling, p, backends.forced_backend()
     )
-    return y
 
 
 def lora_merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

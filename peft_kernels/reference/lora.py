@@ -41,9 +41,7 @@ def lora_shrink(x: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng
     return dropped(x.to(dtype), dropout_p, rng_state) @ factor.to(dtype).t() * scaling
 
 
-def _low_rank(
-    hidden: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng_state: Tensor | None
-) -> Tensor:
+def _low_rank(hidden: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng_state: Tensor | None) -> Tensor:
     return dropped(hidden @ factor.to(hidden.dtype) * scaling, dropout_p, rng_state)
 
 

@@ -34,7 +34,7 @@ def dropout_scale(dropout_p: float) -> float:
 
 
 def _multiply_32(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of `x * multiplier`, `x` holding 32-bit numbers in int64 (which a whole product overflows)."""
+    """High and low 32 bits of `x * multiplier`; `x` holds 32-bit numbers in int64, which a whole product overflows."""
     low_half = x * (multiplier & 0xFFFF)
     middle = x * (multiplier >> 16) + (low_half >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low_half & 0xFFFF)

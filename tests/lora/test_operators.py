@@ -133,6 +133,18 @@ def test_zero_rows(operator, place, dtype):
 
 
 @EACH_OPERATOR
+@pytest.mark.parametrize("empty", ["columns", "out_columns"])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_zero_columns(operator, place, dtype, empty, rows):
+    call = random_call(operator, rows=rows, **{empty: 0}, dtype=dtype, integers=True, device=place.device)
+    for actual, exact, promised in zip(
+        call.run(place.kernel(operator, dtype)), formula(call, torch.float64), result_dtypes(call), strict=True
+    ):
+        assert actual.dtype == promised
+        assert torch.equal(actual.double(), exact)
+
+
+@EACH_OPERATOR
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("rank", [1, 9])
 def test_strides(operator, place, dtype, layout, rank):
