@@ -238,8 +238,9 @@ def write_ninja(
     text = StringIO()
     writer = ninja_syntax.Writer(text, width=120)
     torch_flags = f"-isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"
+    prefix_map = f"-ffile-prefix-map={ROOT}/="  # error messages name sources, not the directory of the build
     warnings = "-Wall -Wno-unused-function -Wno-maybe-uninitialized"  # the last for gcc's own intrinsics
-    writer.variable("cxxflags", f"-std=c++20 -O3 -fPIC -fvisibility=hidden {warnings} {torch_flags}")
+    writer.variable("cxxflags", f"-std=c++20 -O3 -fPIC -fvisibility=hidden {prefix_map} {warnings} {torch_flags}")
     writer.rule(
         "cxx",
         f"{compiler} -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
@@ -250,7 +251,8 @@ def write_ninja(
     writer.rule("link", f"{compiler} -shared $in -o $out $flags", description="link $out")
     if nvcc is not None:
         nvccflags = (
-            f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {torch_flags} "
+            f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden,{prefix_map} "
+            f"-DUSE_CUDA {torch_flags} "
             f"-ccbin {compiler} {' '.join(codes)}"
         )
         writer.rule(

@@ -2,10 +2,12 @@
 
 Formulas and contracts are those of `peft_kernels/reference/lora.py`; float64 is not served. Inputs may have any
 strides, factors any of float32, bfloat16 and float16: they are cast to the activations' dtype on load, as is the
-float32 `hidden`, which is the rounding PyTorch's own product in that dtype has. Everything is summed in float32.
+float32 `hidden`, which is the rounding PyTorch's own product in that dtype has (`lora_accumulate_` keeps more, for the
+merging of weights). Everything is summed in float32.
 
-Tiles follow from dtype and shape alone, so that the same call gives the same bits on every run; sums that are cut
-over programs are finished by a second kernel in a fixed order, never by atomics.
+Tiles follow from dtype, shape and the card's shared memory, never from measurements at run time, so that the same
+call gives the same bits on every run; sums that are cut over programs are finished by a second kernel in a fixed
+order, never by atomics. A new sequence length compiles nothing new unless it crosses one of the bounds below.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from .common import Dropout, ceil_div, even_chunks, padded
 # Warps to split a sum over: 16 on each of the 132 multiprocessors of an H100, enough loads in flight for its memory.
 # A constant, not the device's own count: the order of summation must not depend on the machine.
 _TARGET_WARPS = 2112
-# Bytes per activation -> rank up to which `lora_grad_b` reads dy once. The partial sums of its one-pass kernel grow with the rank (8 r bytes
-# per row and column panel); at 64 they cost as much as the second read they save.
+# Bytes per activation -> rank up to which `lora_grad_b` reads dy once. The partial sums of its one-pass kernel grow
+# with the rank (8 r bytes per row and column panel); at 64 they cost as much as the second read they save.
 _ONE_PASS_RANK = {2: 32, 4: 16}
 # Dtypes whose big product is ours; float32 goes to the library's GEMM and our accumulate kernel, since exact float32
 # has no tensor core and Triton's loop over scalar multiply-adds is well behind cuBLAS (which also honors TF32).
@@ -83,14 +85,9 @@ def _matmul_tile(device: torch.device, M: int, columns: int) -> Tile:
 
 
 def _rank_block(rank: int, x: Tensor) -> int:
-    """Width of a rank tile where all of the rank is wanted at once; cards with 100 KiB and float32 hold half as much."""
+    """Width of a rank tile where all of the rank is wanted at once; half on cards with 100 KiB, and in float32."""
     wide = x.element_size() == 2 and common.shared_memory(x.device) >= 160 * _KIB
     return padded(rank, 16, 128 if wide else 64)
-
-
-def _rank_step(rank: int, x: Tensor) -> int:
-    """Width of a rank tile where the rank is the inner dimension, walked step by step."""
-    return padded(rank, 16, 32 if x.element_size() == 2 else 16)
 
 
 def _tile(kernel: str, tensor: Tensor) -> Tile:
@@ -145,8 +142,7 @@ def lora_accumulate_(
         lora_kernels.accumulate_kernel, (ceil_div(M, tile.rows), ceil_div(C, tile.columns)), out.device,
         out, hidden, factor, dropout.rng_state, M, C, rank, *out.stride(), *hidden.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold,
-        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=_rank_step(rank, out),
-        **_options(tile),
+        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=16, **_options(tile),
     )  # fmt: skip
 
 
@@ -188,7 +184,7 @@ def fused_matmul(
         *x.stride(), *matrix.stride(), 0 if bias is None else bias.stride(0), *hidden.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold,
         DROPOUT=dropout.active, BIAS=bias is not None, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.inner,
-        BLOCK_R=_rank_step(rank, x), GROUP_M=8, **_options(tile),
+        BLOCK_R=padded(rank, 16, 32), GROUP_M=8, **_options(tile),
     )  # fmt: skip
     return out
 

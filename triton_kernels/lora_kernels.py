@@ -8,9 +8,10 @@ The costs stated are what must move and be computed, at `e` bytes per activation
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-from .common import dot, dropout_keep, jit, pointers
+from .common import dot, dot_to_16_bits, dropout_keep, jit, pointers
 
 
 @jit
@@ -59,13 +60,13 @@ def shrink_kernel(
     tl.store(out_ptrs, total * scaling, mask=row_inside & rank_inside)
 
 
-@jit
+@triton.jit
 def low_rank_tile(
     hidden_ptr, factor_ptr, rng_ptr, first_row, first_column, M, C, rank,
     hidden_stride_m, hidden_stride_r, factor_stride_r, factor_stride_c, scaling, threshold, dtype: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    EXACT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One `[BLOCK_M, BLOCK_C]` float32 tile of `D * (scaling hidden factor)`, operands rounded to `dtype`."""
+    """One `[BLOCK_M, BLOCK_C]` float32 tile of `D * (scaling hidden factor)`, operands rounded to `dtype` or EXACT."""
     rows, columns, ranks = tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     row_inside, column_inside = (rows < M - first_row)[:, None], (columns < C)[None, :]
     if DROPOUT:  # ahead of the product: the mask waits as bits, the accumulator would fill the registers
@@ -76,9 +77,12 @@ def low_rank_tile(
     # Mostly one step; buffers for a pipelined loop would take the shared memory of the GEMM's own stages.
     for first_rank in tl.range(0, rank, BLOCK_R, num_stages=1):
         rank_inside = ranks < rank - first_rank
-        hidden = tl.load(hidden_ptrs, mask=row_inside & rank_inside[None, :], other=0.0)
+        hidden = tl.load(hidden_ptrs, mask=row_inside & rank_inside[None, :], other=0.0) * scaling
         factor = tl.load(factor_ptrs, mask=rank_inside[:, None] & column_inside, other=0.0)
-        total = dot((hidden * scaling).to(dtype), factor.to(dtype), total)
+        if EXACT and dtype != tl.float32:
+            total = dot_to_16_bits(hidden, factor, total)
+        else:
+            total = dot(hidden.to(dtype), factor.to(dtype), total)
         hidden_ptrs += BLOCK_R * hidden_stride_r
         factor_ptrs += BLOCK_R * factor_stride_r
     if DROPOUT:
@@ -93,7 +97,10 @@ def accumulate_kernel(
     scaling, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`out += D * (scaling hidden factor)` in place. Bytes: 2 e M C; FLOPs: 2 M C r."""
+    """`out += D * (scaling hidden factor)` in place, rounded once: the merging of weights relies on it.
+
+    Bytes: 2 e M C; FLOPs: 2 M C r, on 16-bit tensor cores up to three times that, which the bytes hide.
+    """
     first_row, first_column = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1) * BLOCK_C
     rows, columns = tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_C)
     inside = (rows < M - first_row)[:, None] & (columns < C)[None, :]
@@ -103,7 +110,7 @@ def accumulate_kernel(
     total = low_rank_tile(
         hidden_ptr, factor_ptr, rng_ptr, first_row, first_column, M, C, rank,
         hidden_stride_m, hidden_stride_r, factor_stride_r, factor_stride_c, scaling, threshold, dtype,
-        DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R,
+        True, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R,
     )  # fmt: skip
     tl.store(out_ptrs, (out.to(tl.float32) + total).to(dtype), mask=inside)
 
@@ -136,7 +143,7 @@ def matmul_kernel(
     total = low_rank_tile(
         hidden_ptr, factor_ptr, rng_ptr, first_row, first_column, M, C_out, rank,
         hidden_stride_m, hidden_stride_r, factor_stride_r, factor_stride_c, scaling, threshold, dtype,
-        DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R,
+        False, DROPOUT, BLOCK_M, BLOCK_C, BLOCK_R,
     )  # fmt: skip
 
     x_ptrs = pointers(x_ptr + first_row * x_stride_m, rows, x_stride_m, inner, x_stride_c)
@@ -162,7 +169,7 @@ def factor_grad_kernel(
     scaling, threshold, chunk,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`out[split] = scaling (D * x)^T hidden` over the split's `chunk` row tiles; out `[splits, C, r]` in out's strides.
+    """`out[split] = scaling (D * x)^T hidden` over the split's `chunk` row tiles; out `[splits, C, r]` by its strides.
 
     C is the product's long side, so that x^T is the operand that needs 64 rows for Hopper's matrix instruction.
     Bytes: e M C (x once) + 4 M r per column block + 8 splits C r when split; FLOPs: 2 M C r.

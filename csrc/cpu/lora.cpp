@@ -64,6 +64,32 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+// What an argument is, for messages: "float32 [3, 4]".
+std::string describe(const Tensor& tensor) {
+  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_of(tensor);
+}
+
 DType activation_dtype(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -75,7 +101,7 @@ DType activation_dtype(const char* op, const char* name, const Tensor& tensor) {
     case ScalarType::Double:
       return DType::f64;
     default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64");
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got ", describe(tensor));
   }
   return DType::f32;
 }
@@ -102,7 +128,7 @@ int64_t check_hidden(const char* op, const Tensor& hidden, int64_t rows, DType d
       shape_of(hidden));
   STD_TORCH_CHECK(
       hidden.scalar_type() == accumulation_type(dtype), op, ": hidden must be ",
-      dtype == DType::f64 ? "float64" : "float32", " for these activations");
+      dtype == DType::f64 ? "float64" : "float32", " for these activations, got ", describe(hidden));
   return hidden.size(1);
 }
 
@@ -115,7 +141,8 @@ Dropout make_dropout(const char* op, double dropout_p, const std::optional<Tenso
   STD_TORCH_CHECK(
       rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 && rng_state->size(0) == 2 &&
           rng_state->is_cpu(),
-      op, ": rng_state must be int64 [2] (seed, offset) on the CPU");
+      op, ": rng_state must be int64 [2] (seed, offset) on the CPU, got ", describe(*rng_state),
+      rng_state->is_cpu() ? "" : " elsewhere");
   const Tensor state = rng_state->is_contiguous() ? *rng_state : torch::stable::contiguous(*rng_state);
   const int64_t* words = state.const_data_ptr<int64_t>();
   dropout.active = true;
@@ -123,6 +150,16 @@ Dropout make_dropout(const char* op, double dropout_p, const std::optional<Tenso
   dropout.threshold = dropout_threshold(dropout_p);
   dropout.scale = dropout_scale(dropout_p);
   return dropout;
+}
+
+// Whether two elements of a matrix share memory: by the order of its strides, exact for everything views produce.
+bool overlaps_itself(const Tensor& tensor) {
+  const int64_t row = tensor.stride(0), column = tensor.stride(1);
+  if (tensor.size(0) <= 1 || tensor.size(1) <= 1) {
+    return (tensor.size(0) > 1 && row == 0) || (tensor.size(1) > 1 && column == 0);
+  }
+  return row >= column ? column < 1 || row <= (tensor.size(1) - 1) * column
+                       : row < 1 || column <= (tensor.size(0) - 1) * row;
 }
 
 // --- views and packing ---
@@ -133,7 +170,9 @@ Tensor with_unit_columns(const Tensor& tensor) {
 }
 
 // Asking first spares a dispatcher call, which a small layer would notice.
-Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
 
@@ -180,7 +219,7 @@ void check_factor_dtype(const char* op, const char* name, const Tensor& factor, 
   const DType own = activation_dtype(op, name, factor);
   STD_TORCH_CHECK(
       (own == DType::f64) == (dtype == DType::f64), op, ": ", name,
-      " must be float64 if and only if the activations are");
+      " must be float64 if and only if the activations are, got ", describe(factor));
 }
 
 void check_factor(const char* op, const char* name, const Tensor& factor, int64_t columns, DType dtype) {
@@ -231,7 +270,8 @@ void accumulate_into(
 // A narrow matrix has few column panels, so its rows are split too, by a rule that knows only the shape.
 int64_t rows_per_split(int64_t rows, int64_t panels) {
   constexpr int64_t kTasks = 16, kMinimumRows = 256;
-  const int64_t splits = std::clamp<int64_t>(divide_up(kTasks, panels), 1, std::max<int64_t>(1, rows / kMinimumRows));
+  const int64_t splits = std::clamp<int64_t>(
+      divide_up(kTasks, std::max<int64_t>(1, panels)), 1, std::max<int64_t>(1, rows / kMinimumRows));
   return std::max<int64_t>(kPackRows, round_up(divide_up(rows, splits), kPackRows));
 }
 
@@ -321,8 +361,9 @@ Tensor dropout_mask(int64_t rows, int64_t columns, double dropout_p, Tensor rng_
   const Dropout dropout = make_dropout(op, dropout_p, rng_state);
   Tensor mask = new_matrix(rng_state, rows, columns, ScalarType::Bool);
   bool* keep = static_cast<bool*>(mask.data_ptr());
+  const LoraKernels& table = kernels();  // its errors must not arise inside the parallel region
   parallel_units(rows, 1, columns * 8, [&](int64_t begin, int64_t end) {
-    kernels().dropout_mask(keep, columns, begin, end, dropout);
+    table.dropout_mask(keep, columns, begin, end, dropout);
   });
   return mask;
 }
@@ -345,15 +386,15 @@ void lora_accumulate_(
   check_matrix(op, "out", out);
   const DType dtype = activation_dtype(op, "out", out);
   STD_TORCH_CHECK(
-      out.stride(1) == 1 || out.size(1) <= 1, op, ": out is written in place and must have unit column stride, got ",
-      out.stride(1));
-  STD_TORCH_CHECK(
-      out.size(0) <= 1 || out.stride(0) >= out.size(1), op, ": out is written in place and its rows must not overlap");
+      !overlaps_itself(out), op, ": out is written in place and must not overlap itself, got strides (", out.stride(0),
+      ", ", out.stride(1), ")");
   check_factor(op, "factor", factor, out.size(1), dtype);
   const int64_t rank = check_hidden(op, hidden, out.size(0), dtype);
   STD_TORCH_CHECK(rank == factor.size(0), op, ": factor must have hidden's rank ", rank, ", got ", shape_of(factor));
   const Dropout dropout = make_dropout(op, dropout_p, rng_state);
-  accumulate_into(out, hidden, factor, scaling, dtype, dropout);
+  Tensor rows = with_unit_columns(out);
+  accumulate_into(rows, hidden, factor, scaling, dtype, dropout);
+  if (rows.data_ptr() != out.data_ptr()) torch::stable::copy_(out, rows);
 }
 
 // x matrix (+ bias) by the library GEMM, into a fresh tensor.
@@ -374,11 +415,14 @@ Tensor lora_matmul(
   check_matrix(op, "matrix", matrix);
   const DType dtype = activation_dtype(op, "x", x);
   STD_TORCH_CHECK(matrix.size(0) == x.size(1), op, ": matrix must be [", x.size(1), ", C_out], got ", shape_of(matrix));
-  STD_TORCH_CHECK(matrix.scalar_type() == x.scalar_type(), op, ": matrix must have x's dtype");
+  STD_TORCH_CHECK(
+      matrix.scalar_type() == x.scalar_type(), op, ": matrix must have x's dtype, ", dtype_name(x.scalar_type()),
+      ", got ", describe(matrix));
   if (bias.has_value()) {
     STD_TORCH_CHECK(
         bias->dim() == 1 && bias->size(0) == matrix.size(1) && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
-        op, ": bias must be [", matrix.size(1), "] in x's dtype, got ", shape_of(*bias));
+        op, ": bias must be [", matrix.size(1), "] in x's dtype, ", dtype_name(x.scalar_type()), ", got ",
+        describe(*bias));
   }
   check_factor(op, "factor", factor, matrix.size(1), dtype);
   const int64_t rank = check_hidden(op, hidden, x.size(0), dtype);
@@ -401,7 +445,7 @@ Tensor lora_factor_grad(
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
           dtype == ScalarType::Double,
-      op, ": dtype must be float32, bfloat16, float16 or float64");
+      op, ": dtype must be float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
   const Dropout dropout = make_dropout(op, dropout_p, rng_state);
   const int64_t columns = x.size(1);
   Tensor grad = transposed ? new_matrix(x, columns, rank, dtype) : new_matrix(x, rank, columns, dtype);

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backends
 from ..reference import lora as reference
 from ..reference import philox
-from ..reference.lora import accumulation_dtype
+from ..reference.lora import accumulation_dtype, as_rows
 from ._register import register_operator
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,7 +110,7 @@ class LoRALinearFunction(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         device_type, dtype = x.device.type, x.dtype
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         shrink = backends.kernel("lora_shrink", device_type, dtype, backend)
         matmul = backends.kernel("lora_matmul", device_type, dtype, backend)
         hidden = shrink(rows, lora_a, 1.0, dropout_p, rng_state)
@@ -122,6 +122,9 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
+        if _autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
+            with torch.autocast(grad_out.device.type, enabled=False):
+                return LoRALinearFunction.backward(ctx, grad_out)
         if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
             return _differentiable_backward(ctx, grad_out)
         x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
@@ -132,7 +135,7 @@ class LoRALinearFunction(torch.autograd.Function):
         def kernel(operator: str) -> backends.Function:
             return backends.kernel(operator, device_type, dtype, ctx.backend)
 
-        dy = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
+        dy = as_rows(grad_out)
         dx = grad_weight = grad_bias = grad_a = grad_b = grad_hidden = None
         if need_b and (need_a or need_x):
             grad_hidden, grad_b = kernel("lora_grad_b")(dy, hidden, lora_b, scaling)
@@ -144,7 +147,7 @@ class LoRALinearFunction(torch.autograd.Function):
             dx = kernel("lora_matmul")(dy, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
             dx = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
         if need_a or need_weight:
-            rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+            rows = as_rows(x)
             if need_a:
                 grad_a = kernel("lora_factor_grad")(rows, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False)
             if need_weight:
@@ -158,7 +161,7 @@ def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-
     """The gradients through autograd of the reference, so that they can be differentiated again."""
     x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
     need = ctx.needs_input_grad
-    rows = grad_out.reshape(-1, grad_out.shape[-1])
+    rows = as_rows(grad_out)
     scaling, p = ctx.scaling, ctx.dropout_p
     accumulate = accumulation_dtype(grad_out.dtype)
     grad_hidden = (rows @ lora_b.to(rows.dtype)).to(accumulate) * scaling
@@ -169,14 +172,14 @@ def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-
     if need[2]:
         grad_bias = rows.sum(0)
     if x is not None:
-        inputs = x.reshape(-1, x.shape[-1])
+        inputs = as_rows(x)
         if need[1]:
             grad_weight = rows.t() @ inputs
         if need[3]:
             grad_a = (grad_hidden.t() @ reference.dropped(inputs.to(accumulate), p, rng_state)).to(lora_a.dtype)
     if need[4]:
         if x is not None:
-            hidden = reference.lora_shrink(x.reshape(-1, x.shape[-1]), lora_a, 1.0, p, rng_state)
+            hidden = reference.lora_shrink(as_rows(x), lora_a, 1.0, p, rng_state)
         elif need[0]:  # hidden depends on x, which was not saved; without x's gradient it is a constant
             raise RuntimeError("double backward through lora_linear needs lora_a or weight to require gradients")
         grad_b = (rows.to(accumulate).t() @ hidden * scaling).to(lora_b.dtype)
@@ -227,6 +230,13 @@ _apply = super(torch.autograd.Function, LoRALinearFunction).apply
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on such devices; None where it is off or unknown."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def draw_rng_state(device: torch.device) -> Tensor:
     """A fresh (seed, offset), int64 `[2]`, from torch's generator of `device`: no host sync, safe in CUDA graphs.
 
@@ -264,7 +274,8 @@ def lora_linear(
     Inside `torch.func` transforms (`grad`, `vmap`, `jvp`) the reference runs, which they can take apart.
 
     Saved for backward: x (only while lora_a or weight trains) and `[M, r]` float32. The dropout mask is regenerated
-    from 16 bytes. Same inputs and seed, same bits, for any number of threads.
+    from 16 bytes. Same inputs and seed, same bits from run to run; what is of rank r also for any number of threads,
+    while the product with weight is the library's and depends on it where torch's own does.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off; nothing has run.
@@ -272,11 +283,13 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", ICLR 2022, eq. 3; dropout placement as in Hugging Face PEFT ("pre", one mask per layer).
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    dtype = _autocast_dtype(x.device.type)
+    if dtype is not None:
+        if x.dtype in _FLOATING and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, training)
     _check(x, weight, bias, lora_a, lora_b, dropout_p)
     active = training and dropout_p > 0.0
     rng_state = draw_rng_state(x.device) if active else None
@@ -293,7 +306,10 @@ def lora_linear(
 
 
 def lora_merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """`weight + scaling lora_b lora_a`, a new tensor: formed in the accumulation dtype, each element rounded once.
+    """`weight + scaling lora_b lora_a`, a new tensor in weight's dtype.
+
+    The product is formed in the accumulation dtype and added before rounding; in bfloat16 on processors with matrix
+    tiles it carries 16 bits, so the result is the rounding of the exact sum to within 2**-16 of the product.
 
     Args:
         weight: `[N, K]`, left as it is.

@@ -27,10 +27,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x `[..., C]` as a matrix `[M, C]`; any size may be zero, which `reshape(-1, C)` does not allow for C."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
 def dropped(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor:
     """`D * x` for a 2-D `x`; `x` itself when there is no dropout."""
-    if rng_state is None or dropout_p == 0.0:
+    if dropout_p == 0.0:
         return x
+    if rng_state is None:
+        raise ValueError(f"rng_state is needed when dropout_p > 0, got None with dropout_p {dropout_p}")
     mask = dropout_mask(x.shape[0], x.shape[1], dropout_p, rng_state)
     return torch.where(mask, x * dropout_scale(dropout_p), torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -106,7 +115,7 @@ def lora_linear(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """The whole layer as autograd sees it; differentiable any number of times. x `[..., K]`, result `[..., N]`."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     hidden = lora_shrink(rows, lora_a, 1.0, dropout_p, rng_state)
     y = lora_matmul(rows, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from . import nvcc
+from . import nvcc, triton_offline
 
-PARTS: dict[str, Callable[[], None]] = {"cuda": nvcc.update}
+PARTS: dict[str, Callable[[], None]] = {"cuda": nvcc.update, "triton": triton_offline.update}
 """Part to the function that measures its kernels and rewrites its JSON file."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from peft_kernels import ops
 
 from ..support.accuracy import assert_same_bits
 from ..support.lora import random_layer
-from ..support.operators import DROPPING, random_call
+from ..support.operators import DROPPING, OPERATORS, random_call
 from ..support.places import LAYER_OPERATORS, compiled_places, places
 
 NAN = float("nan")
@@ -169,14 +171,23 @@ PROBABILITIES = (-0.1, 1.1, NAN, float("inf"))
 EACH_NAMESPACE = pytest.mark.parametrize(("namespace", "device"), compiled_places())
 
 
-def assert_refused(namespace, device, operator, changes, named, dropout_p=0.0):
+def changed_call(device, operator, changes, dropout_p=0.0):
     call = random_call(operator, dropout_p=dropout_p, device=device)
     changes = {name: change(call.arguments[name]) if callable(change) else change for name, change in changes.items()}
-    bad = call.map(lambda tensor: tensor, **changes)
+    return call.map(lambda tensor: tensor, **changes)
+
+
+def refusal(namespace, bad):
+    """The message with which the operator refuses the call."""
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+        getattr(getattr(torch.ops, namespace), bad.operator)(*bad.arguments.values())
+    return str(raised.value)
+
+
+def assert_refused(namespace, device, operator, changes, named, dropout_p=0.0):
+    bad = changed_call(device, operator, changes, dropout_p)
     before = {name: t.clone() for name, t in bad.arguments.items() if isinstance(t, torch.Tensor)}
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=rf"{operator}: .*\b({named})\b") as raised:
-        getattr(getattr(torch.ops, namespace), operator)(*bad.arguments.values())
-    assert "got" in str(raised.value) or None in changes.values()
+    assert re.search(rf"{operator}: .*\b({named})\b", refusal(namespace, bad))
     for name, tensor in before.items():
         assert_same_bits(bad.arguments[name], tensor, name)
 
@@ -206,6 +217,17 @@ def test_raw_operators_refuse_what_is_no_probability(namespace, device, operator
 
 
 @EACH_NAMESPACE
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_raw_operators_say_what_came(namespace, device, operator):
+    cases = [(changes, 0.0) for name, changes, _ in [*SHAPES, *DTYPES] if name == operator]
+    if operator in DROPPING:
+        cases += [({"rng_state": state.to(device)}, 0.5) for state in RNG_STATES.values() if state is not None]
+        cases += [({"dropout_p": probability}, 0.5) for probability in PROBABILITIES]
+    messages = [refusal(namespace, changed_call(device, operator, *case)) for case in cases]
+    assert not [message for message in messages if ", got " not in message]
+
+
+@EACH_NAMESPACE
 @pytest.mark.parametrize("state", [name for name in RNG_STATES if name != "missing"])
 def test_dropout_mask_refuses_a_wrong_rng_state(namespace, device, state):
     with pytest.raises(RuntimeError, match="rng_state"):
@@ -232,9 +254,10 @@ def test_reference_does_not_skip_dropout_that_lacks_its_random_state(place, oper
 
 
 @pytest.mark.parametrize("place", places(*LAYER_OPERATORS))
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @pytest.mark.parametrize(("in_features", "out_features"), [(0, 4), (4, 0), (0, 0)])
-def test_a_layer_without_features_works_as_in_torch(place, in_features, out_features):
-    layer = random_layer((3,), in_features, out_features, 2, device=place.device).training("lora_a", "lora_b")
+def test_a_layer_without_features_works_as_in_torch(place, leading, in_features, out_features):
+    layer = random_layer(leading, in_features, out_features, 2, device=place.device).training("lora_a", "lora_b")
     with peft_kernels.use_backend(place.backend):
         y = layer()
     torch.testing.assert_close(y, torch.nn.functional.linear(layer.x, layer.weight, layer.bias))

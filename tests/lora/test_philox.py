@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft_kernels.ops.lora import draw_rng_state
 from peft_kernels.reference.philox import dropout_mask, dropout_scale, dropout_threshold, philox_4x32_10
 
 from ..support import philox
-from ..support.places import places
+from ..support.places import devices, marks_of, places
 
 EVERYWHERE = pytest.mark.parametrize("place", places("dropout_mask"))
 SEEDS = [(0, 0), (1, 0), (0, 1), (-1, -1), (2**63 - 1, -(2**63)), (-(2**63), 2**63 - 1), (2**32, 2**32 + 7)]
@@ -134,3 +135,14 @@ def test_threshold_is_the_probability_in_units_of_two_to_the_minus_16(dropout_p,
 @pytest.mark.parametrize(("dropout_p", "scale"), [(0.0, 1.0), (0.5, 2.0), (0.75, 4.0), (1.0, 0.0)])
 def test_kept_elements_are_scaled_to_keep_the_mean(dropout_p, scale):
     assert dropout_scale(dropout_p) == scale
+
+
+@pytest.mark.parametrize("device", [pytest.param(name, marks=marks_of(name)) for name in devices()])
+def test_seed_and_offset_are_drawn_from_all_64_bit_numbers(device):
+    states = torch.stack([draw_rng_state(torch.device(device)) for _ in range(200)]).cpu()
+    assert states.dtype == torch.int64
+    bits = (states[..., None] >> torch.arange(64)) & 1
+    share = bits.double().mean(0)
+    # 200 fair coins: half, with a standard deviation of 0.035.
+    assert share.min() > 0.25
+    assert share.max() < 0.75

@@ -1,0 +1,98 @@
+"""The operator calls whose Triton kernels are held to a budget, one function per family, on tensors without memory.
+
+Sizes are those of a Llama-3-8B layer's attention projections over 8192 tokens, where tiles are largest, and a few
+smaller ones for the tiles that serve those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft_kernels.triton_kernels import lora
+from torch import Tensor
+
+Calls = Callable[[], None]
+M, K, N = 8192, 4096, 4096
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _forward(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: float, rows: int = M) -> None:
+    x, weight, bias = _empty(rows, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(N, dtype=dtype)
+    lora_a, lora_b = _empty(rank, K, dtype=factors), _empty(N, rank, dtype=factors)
+    rng_state = _empty(2, dtype=torch.int64) if dropout_p else None
+    hidden = lora.lora_shrink(x, lora_a, 1.0, dropout_p, rng_state)
+    lora.lora_matmul(x, weight.t(), bias, hidden, lora_b.t(), 2.0, 0.0, None)
+
+
+def _backward(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: float, rows: int = M) -> None:
+    x, dy, weight = _empty(rows, K, dtype=dtype), _empty(rows, N, dtype=dtype), _empty(N, K, dtype=dtype)
+    lora_a, lora_b = _empty(rank, K, dtype=factors), _empty(N, rank, dtype=factors)
+    hidden = _empty(rows, rank, dtype=torch.float32)
+    rng_state = _empty(2, dtype=torch.int64) if dropout_p else None
+    grad_hidden, _ = lora.lora_grad_b(dy, hidden, lora_b, 2.0)
+    lora.lora_matmul(dy, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
+    lora.lora_factor_grad(x, grad_hidden, 1.0, dropout_p, rng_state, factors, False)
+
+
+def _accumulate(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: float) -> None:
+    rng_state = _empty(2, dtype=torch.int64) if dropout_p else None
+    out, hidden = _empty(M, K, dtype=dtype), _empty(M, rank, dtype=torch.float32)
+    lora.lora_accumulate_(out, hidden, _empty(rank, K, dtype=factors), 1.0, dropout_p, rng_state)
+
+
+def _mask() -> None:
+    lora.dropout_mask(M, K, 0.1, _empty(2, dtype=torch.int64))
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+
+BUDGETED: dict[str, Calls] = {
+    "forward bf16 r16": lambda: _forward(_BF16, _BF16, 16, 0.0),
+    "forward bf16 r16 dropout": lambda: _forward(_BF16, _BF16, 16, 0.1),
+    "forward bf16 r64 fp32-factors dropout": lambda: _forward(_BF16, _FP32, 64, 0.1),
+    "forward bf16 r16 1024-rows": lambda: _forward(_BF16, _BF16, 16, 0.0, rows=1024),
+    "forward bf16 r16 32-rows": lambda: _forward(_BF16, _BF16, 16, 0.0, rows=32),
+    "forward fp32 r16 dropout": lambda: _forward(_FP32, _FP32, 16, 0.1),
+    "backward bf16 r16": lambda: _backward(_BF16, _BF16, 16, 0.0),
+    "backward bf16 r16 dropout": lambda: _backward(_BF16, _BF16, 16, 0.1),
+    "backward bf16 r64 fp32-factors dropout": lambda: _backward(_BF16, _FP32, 64, 0.1),
+    "backward fp32 r16 dropout": lambda: _backward(_FP32, _FP32, 16, 0.1),
+    "accumulate bf16 r16": lambda: _accumulate(_BF16, _BF16, 16, 0.0),
+    "accumulate bf16 r64 fp32-factors dropout": lambda: _accumulate(_BF16, _FP32, 64, 0.1),
+    "dropout_mask": _mask,
+}
+"""Description to calls; every kernel they launch has a budget on every architecture."""
+
+
+def _of_sizes(rows: int, columns: int, rank: int) -> None:
+    """Every operator, with dropout, on sizes that rule out wide loads."""
+    half = {"dtype": torch.float16}
+    x, square = _empty(rows, columns, **half), _empty(columns, columns, **half)
+    hidden, factor = _empty(rows, rank, dtype=torch.float32), _empty(rank, columns, **half)
+    dropout = (0.1, _empty(2, dtype=torch.int64))
+    lora.dropout_mask(rows, columns, *dropout)
+    lora.lora_shrink(x, factor, 1.0, *dropout)
+    lora.lora_accumulate_(x, hidden, factor, 1.0, *dropout)
+    lora.lora_matmul(x, square, _empty(columns, **half), hidden, factor, 1.0, *dropout)
+    lora.lora_factor_grad(x, hidden, 1.0, *dropout, torch.float16, False)
+    lora.lora_grad_b(x, hidden, factor.t(), 1.0)
+
+
+COMPILED: dict[str, Calls] = {
+    "sizes of 1": lambda: _of_sizes(1, 1, 1),
+    "odd sizes": lambda: _of_sizes(1003, 2047, 5),
+}
+"""Calls whose kernels must compile, at whatever cost."""
+
+LARGEST: dict[str, Calls] = {
+    "forward bf16 r128 fp32-factors": lambda: _forward(_BF16, _FP32, 128, 0.0),
+    "forward fp32 r128": lambda: _forward(_FP32, _FP32, 128, 0.0),
+    "backward bf16 r32 fp32-factors": lambda: _backward(_BF16, _FP32, 32, 0.0),
+    "backward bf16 r128 fp32-factors dropout": lambda: _backward(_BF16, _FP32, 128, 0.1),
+    "backward fp32 r128 dropout": lambda: _backward(_FP32, _FP32, 128, 0.1),
+}
+"""Calls that take the most shared memory, which must still fit into cards that have little."""
