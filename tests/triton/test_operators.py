@@ -128,3 +128,15 @@ def test_dropped_elements_are_zero_even_where_x_is_not_finite(operator, place, d
         for value in (float("nan"), 0.0)
     ]
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 33])
+def test_accumulate_rounds_each_element_once(place, half, rank):
+    # The operator that merges weights: float32 factors count with 16 bits even where out has 8.
+    call = random_call(
+        "lora_accumulate_", rows=31, columns=70, rank=rank, dtype=half, factor_dtype=torch.float32, device=place.device
+    )
+    (result,), (exact,) = call.run(lora.lora_accumulate_), formula(call, torch.float64)
+    (magnitude,) = formula(call.map(torch.abs), torch.float64)
+    allowed = torch.finfo(half).eps / 2 * exact.abs() + 2.0**-16 * magnitude
+    assert bool(((result.double() - exact).abs() <= allowed).all())
