@@ -267,11 +267,11 @@ void accumulate_into(
   });
 }
 
-// A narrow matrix has few column panels, so its rows are split too, by a rule that knows only the shape.
-int64_t rows_per_split(int64_t rows, int64_t panels) {
+// A narrow matrix has few groups of columns, so its rows are split too, by a rule that knows only the shape.
+int64_t rows_per_split(int64_t rows, int64_t groups) {
   constexpr int64_t kTasks = 16, kMinimumRows = 256;
-  const int64_t splits = std::clamp<int64_t>(
-      divide_up(kTasks, std::max<int64_t>(1, panels)), 1, std::max<int64_t>(1, rows / kMinimumRows));
+  const int64_t wanted = divide_up(kTasks, std::max<int64_t>(1, groups));
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows / kMinimumRows));
   return std::max<int64_t>(kPackRows, round_up(divide_up(rows, splits), kPackRows));
 }
 
@@ -323,20 +323,21 @@ void factor_grad_into(
   const Tensor contiguous_right = as_contiguous(right);
   const Hidden hidden = {contiguous_right.data_ptr(), right.size(1)};
   const Matrix matrix = matrix_of(x);
-  const int64_t rank = hidden.rank, panels = divide_up(matrix.columns, kPanel);
+  const int64_t rank = hidden.rank, groups = divide_up(matrix.columns, kGradColumns);
   const Scratch packed(kernel.grad_packed_bytes(matrix.rows, rank));
   parallel_units(matrix.rows, kPackRows, 8 * rank, [&](int64_t begin, int64_t end) {
     kernel.grad_pack(hidden, matrix.rows, begin, end, packed.get());
   });
-  const int64_t split_rows = rows_per_split(matrix.rows, panels);
+  const int64_t split_rows = rows_per_split(matrix.rows, groups);
   const int64_t splits = std::max<int64_t>(1, divide_up(matrix.rows, split_rows));
   const int64_t split_bytes = rank * matrix.columns * static_cast<int64_t>(dtype == DType::f64 ? 8 : 4);
   const Scratch partials(splits * split_bytes);
-  parallel_units(panels * splits, 1, split_rows * kPanel * rank, [&](int64_t begin, int64_t end) {
+  parallel_units(groups * splits, 1, split_rows * kGradColumns * rank, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task / panels, first = split * split_rows;
+      const int64_t split = task / groups, first = split * split_rows, column = task % groups * kGradColumns;
       kernel.grad(
-          matrix, first, std::min(matrix.rows, first + split_rows), task % panels, rank, packed.get(),
+          matrix, first, std::min(matrix.rows, first + split_rows), column,
+          std::min(matrix.columns, column + kGradColumns), rank, packed.get(),
           static_cast<char*>(partials.get()) + split * split_bytes, dropout);
     }
   });

@@ -23,9 +23,23 @@ constexpr int64_t kDepth = 32;       // k per tile instruction
 constexpr int64_t kTileWords = 512;  // bfloat16 numbers in a tile
 constexpr int kTerms = 3;
 constexpr int64_t kRowUnit = 64;    // rows per unit of parallel work: four tiles
-constexpr int64_t kGradRows = 256;  // rows whose pairs are laid out at a time in grad: 32 KiB
+constexpr int64_t kGradRows = 64;   // rows whose pairs are laid out at a time in grad
+constexpr int64_t kGradBlocks = 4;  // rank blocks summed at a time in grad
+
+// Tiles walk 16 or more rows side by side, a pattern that the hardware prefetchers do not follow: rows are fetched
+// ahead by hand. Addresses beyond the matrix are harmless, a prefetch never faults.
+constexpr int64_t kAheadColumns = 128;  // in shrink and accumulate: four cache lines further in the same row
+constexpr int64_t kAheadRows = 16;      // in grad, which walks down a panel
+
+inline void prefetch(const uint16_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// gcc's intrinsic does not say that it reads memory, so that the stores before it might be dropped or come too late.
+template <int tile>
+inline void tile_load(const void* from, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(tile) : "memory");
+}
 
 // Eight full tiles; released at the end, as other users of the tiles configure their own.
 class TileScope {
@@ -37,6 +51,8 @@ class TileScope {
       config[16 + 2 * tile] = 64;  // bytes per row
       config[48 + tile] = kTile;   // rows
     }
+    // gcc's intrinsic names only the first eight bytes as its input; the barrier keeps the stores to the others.
+    __asm__ volatile("" : : "r"(config) : "memory");
     _tile_loadconfig(config);
   }
   ~TileScope() { _tile_release(); }
@@ -67,14 +83,26 @@ inline void split(__m512 value, int terms, __m512i* term) {
 
 inline __m512i pairs(__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
 
-// count floats `stride` apart, zero beyond. Strides fit 32 bits: a gather spans at most 16 rows of a factor.
-inline __m512 load_strided(const float* from, int64_t stride, int64_t count) {
-  if (count <= 0) return _mm512_setzero_ps();
-  const __mmask16 valid = count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
-  if (stride == 1) return _mm512_maskz_loadu_ps(valid, from);
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(stride)));
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from, 4);
+inline __m512 load_first(const float* from, int64_t count) {
+  const __mmask16 valid = count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+  return _mm512_maskz_loadu_ps(valid, from);
+}
+
+// A corner of a float matrix of any strides as rows of 16: block[i][lane] = from[i * stride + lane * lane_stride], zero
+// beyond `rows` and `lanes`. A transposing copy of scalars is several times faster here than gathers.
+template <int kRows>
+inline void load_block(
+    const float* from, int64_t stride, int64_t lane_stride, int64_t rows, int64_t lanes, float (*block)[16]) {
+  rows = smaller(kRows, rows < 0 ? 0 : rows);
+  lanes = smaller(16, lanes < 0 ? 0 : lanes);
+  if (lane_stride == 1 || rows < kRows || lanes < 16) std::memset(block, 0, sizeof(float) * kRows * 16);
+  if (lane_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) _mm512_store_ps(block[i], load_first(from + i * stride, lanes));
+    return;
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    for (int64_t i = 0; i < rows; ++i) block[i][lane] = from[i * stride + lane * lane_stride];
+  }
 }
 
 inline __mmask32 first_columns(int64_t count) {
@@ -105,20 +133,18 @@ void shrink_pack(const Factor& factor, int64_t begin, int64_t end, void* packed)
   const float* data = static_cast<const float*>(factor.data);
   const __m512 scale = _mm512_set1_ps(static_cast<float>(factor.scale));
   const int64_t blocks = divide_up(factor.columns, kDepth);
+  alignas(64) float corner[kDepth][16];  // [k][rank]
   for (int64_t j = 0; j < factor.rank; j += kTile) {
     for (int64_t k = begin; k < end; k += kDepth) {
+      load_block<kDepth>(
+          data + j * factor.rank_stride + k * factor.column_stride, factor.column_stride, factor.rank_stride,
+          factor.columns - k, factor.rank - j, corner);
       uint16_t* tiles = static_cast<uint16_t*>(packed) + (j / kTile * blocks + k / kDepth) * kTerms * kTileWords;
       for (int64_t p = 0; p < kTile; ++p) {
-        __m512i term[2][kTerms];
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t c = k + 2 * p + half;
-          const int64_t ranks = c < factor.columns ? factor.rank - j : 0;
-          const float* from = data + j * factor.rank_stride + c * factor.column_stride;
-          split(_mm512_mul_ps(load_strided(from, factor.rank_stride, ranks), scale), kTerms, term[half]);
-        }
-        for (int t = 0; t < kTerms; ++t) {
-          _mm512_storeu_si512(tiles + t * kTileWords + p * 32, pairs(term[0][t], term[1][t]));
-        }
+        __m512i even[kTerms], odd[kTerms];
+        split(_mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale), kTerms, even);
+        split(_mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), kTerms, odd);
+        for (int t = 0; t < kTerms; ++t) _mm512_storeu_si512(tiles + t * kTileWords + p * 32, pairs(even[t], odd[t]));
       }
     }
   }
@@ -133,6 +159,7 @@ struct LeftTiles {
 inline LeftTiles left_tiles(
     const Matrix& x, int64_t m, int64_t rows, int64_t k, const uint16_t* draws, uint32_t threshold, uint16_t* staged) {
   const uint16_t* data = static_cast<const uint16_t*>(x.data) + m * x.row_stride;
+  for (int64_t i = 0; i < rows; ++i) prefetch(data + i * x.row_stride + k + kAheadColumns);
   LeftTiles left;
   if (draws == nullptr && rows == kRowUnit && k + kDepth <= x.columns) {
     for (int64_t t = 0; t < 4; ++t) left.tile[t] = data + t * kTile * x.row_stride + k;
@@ -157,25 +184,25 @@ inline void draw_rows(const Dropout& dropout, int64_t m, int64_t rows, int64_t c
 
 // sums (four 16 x 16 float tiles) += left tiles times the three terms of one right tile.
 inline void multiply_terms(const LeftTiles& left, const uint16_t* right, int64_t row_tiles) {
-  _tile_loadd(5, right, 64);
-  _tile_loadd(6, right + kTileWords, 64);
-  _tile_loadd(7, right + 2 * kTileWords, 64);
-  _tile_loadd(4, left.tile[0], left.stride);
+  tile_load<5>(right, 64);
+  tile_load<6>(right + kTileWords, 64);
+  tile_load<7>(right + 2 * kTileWords, 64);
+  tile_load<4>(left.tile[0], left.stride);
   _tile_dpbf16ps(0, 4, 5);
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(0, 4, 7);
   if (row_tiles == 1) return;
-  _tile_loadd(4, left.tile[1], left.stride);
+  tile_load<4>(left.tile[1], left.stride);
   _tile_dpbf16ps(1, 4, 5);
   _tile_dpbf16ps(1, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   if (row_tiles == 2) return;
-  _tile_loadd(4, left.tile[2], left.stride);
+  tile_load<4>(left.tile[2], left.stride);
   _tile_dpbf16ps(2, 4, 5);
   _tile_dpbf16ps(2, 4, 6);
   _tile_dpbf16ps(2, 4, 7);
   if (row_tiles == 3) return;
-  _tile_loadd(4, left.tile[3], left.stride);
+  tile_load<4>(left.tile[3], left.stride);
   _tile_dpbf16ps(3, 4, 5);
   _tile_dpbf16ps(3, 4, 6);
   _tile_dpbf16ps(3, 4, 7);
@@ -196,10 +223,10 @@ inline void store_sums(float* to, int64_t tile_stride, int64_t row_stride) {
 }
 
 inline void load_sums(const float* from, int64_t tile_stride, int64_t row_stride) {
-  _tile_loadd(0, from, row_stride * 4);
-  _tile_loadd(1, from + tile_stride, row_stride * 4);
-  _tile_loadd(2, from + 2 * tile_stride, row_stride * 4);
-  _tile_loadd(3, from + 3 * tile_stride, row_stride * 4);
+  tile_load<0>(from, row_stride * 4);
+  tile_load<1>(from + tile_stride, row_stride * 4);
+  tile_load<2>(from + 2 * tile_stride, row_stride * 4);
+  tile_load<3>(from + 3 * tile_stride, row_stride * 4);
 }
 
 void shrink(
@@ -240,19 +267,20 @@ void accumulate_pack(const Factor& factor, int64_t begin, int64_t end, void* pac
   const float* data = static_cast<const float*>(factor.data);
   const __m512 scale = _mm512_set1_ps(static_cast<float>(factor.scale));
   const int64_t blocks = divide_up(factor.rank, kTile);
+  alignas(64) float corner[kTile][16];  // [rank][column]
   for (int64_t c = begin; c < round_up(end, kDepth); c += kTile) {
     for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t j = block * kTile;
+      load_block<kTile>(
+          data + j * factor.rank_stride + c * factor.column_stride, factor.rank_stride, factor.column_stride,
+          factor.rank - j, end - c, corner);
       uint16_t* tiles = static_cast<uint16_t*>(packed) + (c / kTile * blocks + block) * 2 * kTileWords;
       for (int64_t p = 0; p < kTile / 2; ++p) {
-        __m512i term[2][2];
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t j = block * kTile + 2 * p + half;
-          const int64_t columns = j < factor.rank ? end - c : 0;
-          const float* from = data + j * factor.rank_stride + c * factor.column_stride;
-          split(_mm512_mul_ps(load_strided(from, factor.column_stride, columns), scale), 2, term[half]);
-        }
+        __m512i even[2], odd[2];
+        split(_mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale), 2, even);
+        split(_mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), 2, odd);
         for (int t = 0; t < 2; ++t) {
-          const __m512i entry = pairs(term[0][t], term[1][t]);
+          const __m512i entry = pairs(even[t], odd[t]);
           _mm512_storeu_si512(tiles + t * kTileWords + p * 32, entry);
           _mm512_storeu_si512(tiles + t * kTileWords + (p + kTile / 2) * 32, entry);
         }
@@ -268,7 +296,7 @@ void split_hidden(const Hidden& hidden, int64_t m, int64_t rows, int64_t rank, i
     const int64_t j = rank + block * kTile;
     for (int64_t i = 0; i < 2 * kTile; ++i) {
       __m512i term[2];
-      split(load_strided(data + i * hidden.rank + j, 1, i < rows ? hidden.rank - j : 0), 2, term);
+      split(load_first(data + i * hidden.rank + j, i < rows ? hidden.rank - j : 0), 2, term);
       uint16_t* row = tiles + block * 2 * kTileWords + i * kDepth;
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_cvtepi32_epi16(term[0]));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + kTile), _mm512_cvtepi32_epi16(term[1]));
@@ -295,16 +323,16 @@ inline void multiply_columns(
   for (int64_t block = 0; block < blocks; ++block) {
     const uint16_t* near = right + block * 2 * kTileWords;
     const uint16_t* far = near + column_stride;
-    _tile_loadd(4, left + block * 2 * kTileWords, 64);
-    _tile_loadd(5, left + (block * 2 + 1) * kTileWords, 64);
-    _tile_loadd(6, near, 64);
-    _tile_loadd(7, far, 64);
+    tile_load<4>(left + block * 2 * kTileWords, 64);
+    tile_load<5>(left + (block * 2 + 1) * kTileWords, 64);
+    tile_load<6>(near, 64);
+    tile_load<7>(far, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(6, near + kTileWords, 64);
-    _tile_loadd(7, far + kTileWords, 64);
+    tile_load<6>(near + kTileWords, 64);
+    tile_load<7>(far + kTileWords, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(2, 4, 7);
@@ -339,6 +367,7 @@ void accumulate(
         const __mmask32 valid = first_columns(out.columns - c);
         uint16_t* to = static_cast<uint16_t*>(out.data) + m * out.row_stride + c;
         for (int64_t i = 0; i < rows; ++i) {
+          prefetch(to + i * out.row_stride + kAheadColumns);
           const __mmask32 keep =
               dropout.active ? kept(draws + i * kPanel + c % kPanel, dropout.threshold) : 0xFFFFFFFFu;
           add_row(to + i * out.row_stride, sums[turn] + i * kTile, sums[turn] + (kRows + i) * kTile, keep, valid);
@@ -357,16 +386,20 @@ int64_t grad_packed_bytes(int64_t rows, int64_t rank) {
 void grad_pack(const Hidden& hidden, int64_t rows, int64_t begin, int64_t end, void* packed) {
   const float* data = static_cast<const float*>(hidden.data);
   const int64_t rank = hidden.rank, blocks = divide_up(rank, kTile);
+  alignas(64) float corner[kTile][16];  // [rank][row]
   for (int64_t m = begin; m < end; m += kDepth) {
-    for (int64_t j = 0; j < blocks * kTile; ++j) {
-      uint16_t* tiles = static_cast<uint16_t*>(packed) + (m / kDepth * blocks + j / kTile) * kTerms * kTileWords;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t j = block * kTile;
+      uint16_t* tiles = static_cast<uint16_t*>(packed) + (m / kDepth * blocks + block) * kTerms * kTileWords;
       for (int64_t half = 0; half < kDepth; half += 16) {
-        __m512i term[kTerms];
-        const int64_t count = j < rank ? rows - m - half : 0;
-        split(load_strided(data + (m + half) * rank + j, rank, count), kTerms, term);
-        for (int t = 0; t < kTerms; ++t) {
-          uint16_t* to = tiles + t * kTileWords + j % kTile * kDepth + half;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(term[t]));
+        load_block<kTile>(data + (m + half) * rank + j, 1, rank, rank - j, rows - m - half, corner);
+        for (int64_t i = 0; i < kTile; ++i) {
+          __m512i term[kTerms];
+          split(_mm512_load_ps(corner[i]), kTerms, term);
+          for (int t = 0; t < kTerms; ++t) {
+            uint16_t* to = tiles + t * kTileWords + i * kDepth + half;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(term[t]));
+          }
         }
       }
     }
@@ -386,6 +419,7 @@ void pair_rows(const Matrix& x, int64_t m, int64_t end, int64_t column, const Dr
     for (int64_t part = 0; part < kPanel; part += kDepth) {
       __m512i values[2];
       for (int64_t i = 0; i < 2; ++i) {
+        prefetch(data + (row + kAheadRows + i) * x.row_stride + column + part);
         values[i] = row + i < end ? load_activations(
                                         data + (row + i) * x.row_stride, column + part, x.columns,
                                         dropout.active ? draws + i * kPanel + part : nullptr, dropout.threshold)
@@ -398,56 +432,63 @@ void pair_rows(const Matrix& x, int64_t m, int64_t end, int64_t column, const Dr
   }
 }
 
+// sums [16 ranks][64 columns] += hidden^T x for the paired rows of one panel.
+inline void multiply_pairs(
+    const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t steps, float* sums) {
+  load_sums(sums, kTile, kPanel);
+  for (int64_t step = 0; step < steps; ++step, left += left_stride, right += 4 * kTileWords) {
+    tile_load<4>(left, 64);
+    tile_load<5>(left + kTileWords, 64);
+    tile_load<6>(left + 2 * kTileWords, 64);
+    tile_load<7>(right, 64);
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_dpbf16ps(0, 5, 7);
+    _tile_dpbf16ps(0, 6, 7);
+    tile_load<7>(right + kTileWords, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    tile_load<7>(right + 2 * kTileWords, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(2, 5, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    tile_load<7>(right + 3 * kTileWords, 64);
+    _tile_dpbf16ps(3, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(3, 6, 7);
+  }
+  store_sums(sums, kTile, kPanel);
+}
+
 void grad(
-    const Matrix& x, int64_t begin, int64_t end, int64_t panel, int64_t rank, const void* packed, void* partial,
-    const Dropout& dropout) {
+    const Matrix& x, int64_t begin, int64_t end, int64_t first_column, int64_t end_column, int64_t rank,
+    const void* packed, void* partial, const Dropout& dropout) {
   const TileScope tiles;
-  const int64_t column = panel * kPanel, blocks = divide_up(rank, kTile);
+  const int64_t blocks = divide_up(rank, kTile);
   alignas(64) uint16_t paired[kGradRows * kPanel];
-  alignas(64) float sums[kTile * kPanel];
-  float* result = static_cast<float*>(partial) + column;
-  const int64_t columns = smaller(kPanel, x.columns - column);
-  for (int64_t m = begin; m < end || m == begin; m += kGradRows) {
-    const int64_t rows = smaller(kGradRows, end - m);
-    pair_rows(x, m, m + rows, column, dropout, paired);
-    for (int64_t block = 0; block < blocks; ++block) {
-      float* to = result + block * kTile * x.columns;
-      const int64_t ranks = smaller(kTile, rank - block * kTile);
-      if (m == begin) {
-        zero_sums();
-      } else {
-        for (int64_t j = 0; j < ranks; ++j) {
-          std::memcpy(sums + j * kPanel, to + j * x.columns, sizeof(float) * columns);
+  alignas(64) float sums[kGradColumns * kGradBlocks * kTile];  // [panels][rank blocks][16 ranks][64 columns]
+  constexpr int64_t kBlockSums = kTile * kPanel, kPanelSums = kGradBlocks * kBlockSums;
+  for (int64_t first = 0; first < blocks; first += kGradBlocks) {
+    const int64_t count = smaller(kGradBlocks, blocks - first);
+    std::memset(sums, 0, sizeof(sums));
+    for (int64_t m = begin; m < end; m += kGradRows) {
+      const int64_t rows = smaller(kGradRows, end - m);
+      for (int64_t c = first_column; c < end_column; c += kPanel) {
+        pair_rows(x, m, m + rows, c, dropout, paired);
+        for (int64_t block = 0; block < count; ++block) {
+          const int64_t at = (m / kDepth * blocks + first + block) * kTerms * kTileWords;
+          float* to = sums + (c - first_column) / kPanel * kPanelSums + block * kBlockSums;
+          multiply_pairs(
+              static_cast<const uint16_t*>(packed) + at, blocks * kTerms * kTileWords, paired, divide_up(rows, kDepth),
+              to);
         }
-        load_sums(sums, kTile, kPanel);
       }
-      for (int64_t step = 0; step < divide_up(rows, kDepth); ++step) {
-        const uint16_t* left =
-            static_cast<const uint16_t*>(packed) + ((m / kDepth + step) * blocks + block) * kTerms * kTileWords;
-        const uint16_t* right = paired + step * 4 * kTileWords;
-        _tile_loadd(4, left, 64);
-        _tile_loadd(5, left + kTileWords, 64);
-        _tile_loadd(6, left + 2 * kTileWords, 64);
-        _tile_loadd(7, right, 64);
-        _tile_dpbf16ps(0, 4, 7);
-        _tile_dpbf16ps(0, 5, 7);
-        _tile_dpbf16ps(0, 6, 7);
-        _tile_loadd(7, right + kTileWords, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(1, 5, 7);
-        _tile_dpbf16ps(1, 6, 7);
-        _tile_loadd(7, right + 2 * kTileWords, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(2, 5, 7);
-        _tile_dpbf16ps(2, 6, 7);
-        _tile_loadd(7, right + 3 * kTileWords, 64);
-        _tile_dpbf16ps(3, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_dpbf16ps(3, 6, 7);
-      }
-      store_sums(sums, kTile, kPanel);
-      for (int64_t j = 0; j < ranks; ++j) {
-        std::memcpy(to + j * x.columns, sums + j * kPanel, sizeof(float) * columns);
+    }
+    for (int64_t j = 0; j < smaller(count * kTile, rank - first * kTile); ++j) {
+      float* to = static_cast<float*>(partial) + (first * kTile + j) * x.columns;
+      for (int64_t c = first_column; c < end_column; c += kPanel) {
+        const float* from = sums + (c - first_column) / kPanel * kPanelSums + j * kPanel;
+        std::memcpy(to + c, from, sizeof(float) * smaller(kPanel, end_column - c));
       }
     }
   }

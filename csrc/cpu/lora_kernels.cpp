@@ -29,6 +29,7 @@ constexpr int64_t kRowUnit = 24;     // a multiple of both row counts
 constexpr int64_t kChunk = 128;      // columns converted at a time in shrink: kUpdateRows rows of them stay in L1
 constexpr int64_t kRankChunk = 256;  // ranks summed at a time in shrink
 constexpr int64_t kRowChunk = 64;    // rows converted at a time in grad
+constexpr int64_t kGradRanks = 64;   // ranks summed at a time in grad
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -111,15 +112,6 @@ inline void rank_one_updates_rows(
   }
 }
 
-// count numbers `stride` apart, zero-padded to a vector.
-template <typename acc>
-inline Vector<acc> load_strided(const acc* from, int64_t stride, int64_t count) {
-  if (stride == 1 && count >= kLanes<acc>) return load_vector(from);
-  alignas(kVectorBytes) acc lanes[kLanes<acc>] = {};
-  for (int lane = 0; lane < kLanes<acc> && lane < count; ++lane) lanes[lane] = from[lane * stride];
-  return load_vector(lanes);
-}
-
 // --- shrink: factor packed as [rank blocks][columns][kRankBlock] ---
 
 template <typename acc>
@@ -127,17 +119,16 @@ int64_t shrink_packed_bytes(const Factor& factor) {
   return static_cast<int64_t>(sizeof(acc)) * round_up(factor.rank, kRankBlock) * factor.columns;
 }
 
+// Scalars in the order of the source's rows: reading vectors that were just written as scalars would stall.
 template <typename acc>
 void shrink_pack(const Factor& factor, int64_t begin, int64_t end, void* packed) {
-  const acc* data = static_cast<const acc*>(factor.data);
-  acc* to = static_cast<acc*>(packed);
   const acc scale = static_cast<acc>(factor.scale);
   const int64_t padded_rank = round_up(factor.rank, kRankBlock);
-  for (int64_t j = 0; j < padded_rank; j += kLanes<acc>) {
-    acc* panel = to + j / kRankBlock * kRankBlock * factor.columns + j % kRankBlock;
+  for (int64_t j = 0; j < padded_rank; ++j) {
+    const acc* from = static_cast<const acc*>(factor.data) + j * factor.rank_stride;
+    acc* to = static_cast<acc*>(packed) + j / kRankBlock * kRankBlock * factor.columns + j % kRankBlock;
     for (int64_t c = begin; c < end; ++c) {
-      const acc* from = data + j * factor.rank_stride + c * factor.column_stride;
-      store_vector(panel + c * kRankBlock, load_strided(from, factor.rank_stride, factor.rank - j) * scale);
+      to[c * kRankBlock] = j < factor.rank ? from[c * factor.column_stride] * scale : acc(0);
     }
   }
 }
@@ -187,15 +178,12 @@ int64_t accumulate_packed_bytes(const Factor& factor) {
 
 template <typename acc>
 void accumulate_pack(const Factor& factor, int64_t begin, int64_t end, void* packed) {
-  const acc* data = static_cast<const acc*>(factor.data);
   const acc scale = static_cast<acc>(factor.scale);
-  for (int64_t c = begin; c < end; c += kPanel) {
-    acc* panel = static_cast<acc*>(packed) + c * factor.rank;
+  for (int64_t c = begin; c < round_up(end, kPanel); ++c) {
+    const acc* from = static_cast<const acc*>(factor.data) + c * factor.column_stride;
+    acc* to = static_cast<acc*>(packed) + c / kPanel * kPanel * factor.rank + c % kPanel;
     for (int64_t j = 0; j < factor.rank; ++j) {
-      for (int64_t v = 0; v < kPanel; v += kLanes<acc>) {
-        const acc* from = data + j * factor.rank_stride + (c + v) * factor.column_stride;
-        store_vector(panel + j * kPanel + v, load_strided(from, factor.column_stride, end - c - v) * scale);
-      }
+      to[j * kPanel] = c < end ? from[j * factor.rank_stride] * scale : acc(0);
     }
   }
 }
@@ -290,37 +278,42 @@ void grad_pack(const Hidden& hidden, int64_t, int64_t begin, int64_t end, void* 
 
 template <typename T>
 void grad(
-    const Matrix& x, int64_t begin, int64_t end, int64_t panel, int64_t rank, const void* packed, void* partial,
-    const Dropout& dropout) {
+    const Matrix& x, int64_t begin, int64_t end, int64_t first_column, int64_t end_column, int64_t rank,
+    const void* packed, void* partial, const Dropout& dropout) {
   using acc = typename Accumulate<T>::type;
   const T* data = static_cast<const T*>(x.data);
   const acc* right = static_cast<const acc*>(packed);
   const int64_t padded_rank = round_up(rank, kRankBlock);
-  const int64_t first = panel * kPanel;
-  const int64_t columns = smaller(kPanel, x.columns - first);
   const bool direct = sizeof(T) == sizeof(acc) && !dropout.active;
   alignas(64) acc converted[kRowChunk * kPanel];
-  alignas(64) acc sums[kPanel * kRankChunk];  // [rank blocks][kPanel][kRankBlock]
-  for (int64_t first_rank = 0; first_rank < rank; first_rank += kRankChunk) {
-    const int64_t ranks = smaller(kRankChunk, rank - first_rank);
-    std::memset(sums, 0, sizeof(acc) * kPanel * round_up(ranks, kRankBlock));
+  alignas(64) acc sums[kGradColumns * kGradRanks];  // [panels][rank blocks][kPanel][kRankBlock]
+  for (int64_t first = 0; first < rank; first += kGradRanks) {
+    const int64_t ranks = smaller(kGradRanks, rank - first);
+    std::memset(sums, 0, sizeof(sums));
     for (int64_t m = begin; m < end; m += kRowChunk) {
       const int64_t rows = smaller(kRowChunk, end - m);
-      const T* from = data + m * x.row_stride + first;
-      for (int64_t i = 0; i < rows && !direct; ++i) {
-        convert_row(from + i * x.row_stride, converted + i * kPanel, m + i, first, columns, dropout);
-      }
-      const acc* left = direct ? reinterpret_cast<const acc*>(from) : converted;
-      for (int64_t j = 0; j < ranks; j += kRankBlock) {
-        rank_one_updates_rows(
-            columns, left, int64_t{1}, direct ? x.row_stride : kPanel, rows, right + m * padded_rank + first_rank + j,
-            padded_rank, sums + j * kPanel, int64_t{kRankBlock});
+      for (int64_t c = first_column; c < end_column; c += kPanel) {
+        const int64_t columns = smaller(kPanel, end_column - c);
+        const T* from = data + m * x.row_stride + c;
+        for (int64_t i = 0; i < rows && !direct; ++i) {
+          convert_row(from + i * x.row_stride, converted + i * kPanel, m + i, c, columns, dropout);
+        }
+        const acc* left = direct ? reinterpret_cast<const acc*>(from) : converted;
+        acc* panel = sums + (c - first_column) * kGradRanks;
+        for (int64_t j = 0; j < ranks; j += kRankBlock) {
+          rank_one_updates_rows(
+              columns, left, int64_t{1}, direct ? x.row_stride : kPanel, rows, right + m * padded_rank + first + j,
+              padded_rank, panel + j * kPanel, int64_t{kRankBlock});
+        }
       }
     }
-    acc* to = static_cast<acc*>(partial) + first_rank * x.columns + first;
     for (int64_t j = 0; j < ranks; ++j) {
+      acc* to = static_cast<acc*>(partial) + (first + j) * x.columns;
       const acc* block = sums + j / kRankBlock * kRankBlock * kPanel + j % kRankBlock;
-      for (int64_t c = 0; c < columns; ++c) to[j * x.columns + c] = block[c * kRankBlock];
+      for (int64_t c = first_column; c < end_column; ++c) {
+        const int64_t at = c - first_column;
+        to[c] = block[at / kPanel * kPanel * kGradRanks + at % kPanel * kRankBlock];
+      }
     }
   }
 }

@@ -14,8 +14,10 @@ namespace peft_kernels {
 enum class DType { f32, bf16, f16, f64 };
 constexpr int kDTypes = 4;
 
-// Columns per unit of packing and per task of the factor gradient: one Philox batch.
+// Columns per unit of packing: one Philox batch.
 constexpr int64_t kPanel = 64;
+// Columns per task of the factor gradient. Wide, as a task walks down all rows: every row of it lies in another page.
+constexpr int64_t kGradColumns = 4 * kPanel;
 // Rows per unit of packing in the factor gradient.
 constexpr int64_t kPackRows = 32;
 
@@ -72,13 +74,14 @@ struct SkinnyKernels {
       const Matrix& out, int64_t begin, int64_t end, const Hidden& hidden, const Factor& factor, const void* packed,
       const Dropout& dropout);
 
-  // partial[j, c] = sum over rows [begin, end) of keep x[m, c] hidden[m, j], for one panel of columns; partial is
-  // [rank, columns] in acc. Packing ranges over rows in multiples of kPackRows; so does `begin`.
+  // partial[j, c] = sum over rows [begin, end) of keep x[m, c] hidden[m, j], for columns [first_column, end_column), at
+  // most kGradColumns of them from a multiple of kGradColumns on; partial is [rank, columns] in acc. Packing ranges
+  // over rows in multiples of kPackRows; so does `begin`.
   int64_t (*grad_packed_bytes)(int64_t rows, int64_t rank);
   void (*grad_pack)(const Hidden& hidden, int64_t rows, int64_t begin, int64_t end, void* packed);
   void (*grad)(
-      const Matrix& x, int64_t begin, int64_t end, int64_t panel, int64_t rank, const void* packed, void* partial,
-      const Dropout& dropout);
+      const Matrix& x, int64_t begin, int64_t end, int64_t first_column, int64_t end_column, int64_t rank,
+      const void* packed, void* partial, const Dropout& dropout);
 };
 
 struct LoraKernels {
