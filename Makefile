@@ -40,9 +40,11 @@ interpreted:
 build: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
 
+# Sees what $(PYTHON) has installed and installs nothing but this package, in place.
 gpu-check:
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m venv --system-site-packages $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(VENV)-gpu/bin/python -m benchmarks.gpu_check
 
 bench: build
 	$(BIN)/python -m benchmarks --suite cpu
@@ -65,4 +67,4 @@ $(VENV)/.test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) peft_kernels/*.so runs gpu-check
+	rm -rf build dist *.egg-info $(VENV) $(VENV)-gpu peft_kernels/*.so runs gpu-check

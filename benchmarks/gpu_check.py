@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_check                      run the steps, write ./gpu-check/ (or $OUT)
     python -m benchmarks.gpu_check --record DIRECTORY   take a run's verified kernels into backend_status.json
 
-Steps: GPU tests; the operators against the reference (`peft_kernels.verify`), which names every kernel that ran; the
+Steps: GPU tests of kernels, then of the layer; the operators against the reference (`peft_kernels.verify`), which names every kernel that ran; the
 kernel tests under each tool of compute-sanitizer; the `gpu` benchmark suite. Each step has a time limit and its own
 log; a step that fails or times out does not keep the others from running. `summary.json` and `summary.md` hold the
 outcome. The exit status is 1 when any step failed.
@@ -95,7 +95,7 @@ def _sanitizers(output: Path, deadline: float) -> list[Step]:
         command += [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu", "-k", "not graph"]
         # Without torch's caching allocator every tensor has bounds of its own that memcheck can watch.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        limit = min(60.0, deadline - time.monotonic())
+        limit = min(45.0, deadline - time.monotonic())
         steps.append(_run(f"sanitizer-{tool}", command, output, limit, environment))
     return steps
 
@@ -120,12 +120,15 @@ def check(output: Path) -> int:
         return 1
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + TOTAL_SECONDS
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    steps = [_run("tests", pytest, output, 150.0)]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    steps = [
+        _run("kernel-tests", [*pytest, "tests/gpu", "tests/triton"], output, 100.0),
+        _run("layer-tests", [*pytest, "tests/lora", "tests/test_backends.py"], output, 100.0),
+    ]
     verified, kernels = _verify(output)
     steps.append(verified)
     bench = [sys.executable, "-m", "benchmarks", "--suite", "gpu", "--output", str(output / "results")]
-    limit = min(240.0, deadline - time.monotonic())
+    limit = min(200.0, deadline - time.monotonic())
     steps.append(_run("benchmarks", [*bench, "--time-limit", f"{limit - 30:.0f}"], output, limit))
     steps += _sanitizers(output, deadline)
     environment = _environment()
