@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_check                      run the steps, write ./gpu-check/ (or $OUT)
     python -m benchmarks.gpu_check --record DIRECTORY   take a run's verified kernels into backend_status.json
 
-Steps: GPU tests of kernels, then of the layer; the operators against the reference (`peft_kernels.verify`), which names every kernel that ran; the
-kernel tests under each tool of compute-sanitizer; the `gpu` benchmark suite. Each step has a time limit and its own
-log; a step that fails or times out does not keep the others from running. `summary.json` and `summary.md` hold the
-outcome. The exit status is 1 when any step failed.
+Steps: GPU tests of kernels, then of the layer; the operators against the reference (`peft_kernels.verify`), which names
+every kernel that ran; the kernel tests under each tool of compute-sanitizer; the `gpu` benchmark suite. Each step has a
+time limit and its own log; a step that fails or times out does not keep the others from running. `summary.json` and
+`summary.md` hold the outcome. The exit status is 1 when any step failed.
 """
 
 from __future__ import annotations
