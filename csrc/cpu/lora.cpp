@@ -5,6 +5,7 @@
 // the same for any number of threads. Activations of any dtype are read as they are; only the [r, C] factors and
 // [M, r] products are copied, into float.
 #include "lora_kernels.h"
+#include "../common/describe.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,9 +23,6 @@
 
 namespace peft_kernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The best kernels this processor runs; PEFT_KERNELS_CPU_CAPABILITY=baseline|avx2|avx512|amx lowers the choice.
 LoraKernels choose_kernels() {
@@ -64,32 +62,6 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another dtype";
-  }
-}
-
-// What an argument is, for messages: "float32 [3, 4]".
-std::string describe(const Tensor& tensor) {
-  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_of(tensor);
-}
-
 DType activation_dtype(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -101,7 +73,7 @@ DType activation_dtype(const char* op, const char* name, const Tensor& tensor) {
     case ScalarType::Double:
       return DType::f64;
     default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got ", describe(tensor));
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got ", described(tensor));
   }
   return DType::f32;
 }
@@ -128,7 +100,7 @@ int64_t check_hidden(const char* op, const Tensor& hidden, int64_t rows, DType d
       shape_of(hidden));
   STD_TORCH_CHECK(
       hidden.scalar_type() == accumulation_type(dtype), op, ": hidden must be ",
-      dtype == DType::f64 ? "float64" : "float32", " for these activations, got ", describe(hidden));
+      dtype == DType::f64 ? "float64" : "float32", " for these activations, got ", described(hidden));
   return hidden.size(1);
 }
 
@@ -141,7 +113,7 @@ Dropout make_dropout(const char* op, double dropout_p, const std::optional<Tenso
   STD_TORCH_CHECK(
       rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 && rng_state->size(0) == 2 &&
           rng_state->is_cpu(),
-      op, ": rng_state must be int64 [2] (seed, offset) on the CPU, got ", describe(*rng_state),
+      op, ": rng_state must be int64 [2] (seed, offset) on the CPU, got ", described(*rng_state),
       rng_state->is_cpu() ? "" : " elsewhere");
   const Tensor state = rng_state->is_contiguous() ? *rng_state : torch::stable::contiguous(*rng_state);
   const int64_t* words = state.const_data_ptr<int64_t>();
@@ -219,7 +191,7 @@ void check_factor_dtype(const char* op, const char* name, const Tensor& factor, 
   const DType own = activation_dtype(op, name, factor);
   STD_TORCH_CHECK(
       (own == DType::f64) == (dtype == DType::f64), op, ": ", name,
-      " must be float64 if and only if the activations are, got ", describe(factor));
+      " must be float64 if and only if the activations are, got ", described(factor));
 }
 
 void check_factor(const char* op, const char* name, const Tensor& factor, int64_t columns, DType dtype) {
@@ -418,12 +390,12 @@ Tensor lora_matmul(
   STD_TORCH_CHECK(matrix.size(0) == x.size(1), op, ": matrix must be [", x.size(1), ", C_out], got ", shape_of(matrix));
   STD_TORCH_CHECK(
       matrix.scalar_type() == x.scalar_type(), op, ": matrix must have x's dtype, ", dtype_name(x.scalar_type()),
-      ", got ", describe(matrix));
+      ", got ", described(matrix));
   if (bias.has_value()) {
     STD_TORCH_CHECK(
         bias->dim() == 1 && bias->size(0) == matrix.size(1) && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
         op, ": bias must be [", matrix.size(1), "] in x's dtype, ", dtype_name(x.scalar_type()), ", got ",
-        describe(*bias));
+        described(*bias));
   }
   check_factor(op, "factor", factor, matrix.size(1), dtype);
   const int64_t rank = check_hidden(op, hidden, x.size(0), dtype);

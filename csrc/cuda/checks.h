@@ -6,49 +6,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <sstream>
-#include <string>
+
+#include "../common/describe.h"
 
 namespace peft_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The dtype's name in Python.
-inline std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return torch::headeronly::toString(dtype);
-  }
-}
-
-// "bfloat16 [3, 4] on cuda:0"
-inline std::string described(const Tensor& tensor) {
-  std::ostringstream text;
-  text << dtype_name(tensor.scalar_type()) << " [";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
-  text << "] on ";
-  if (tensor.is_cuda()) {
-    text << "cuda:" << tensor.get_device_index();
-  } else {
-    text << (tensor.is_cpu() ? "cpu" : "another device");
-  }
-  return text.str();
-}
 
 inline bool is_activation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
