@@ -185,7 +185,7 @@ def parallel_jobs() -> int:
 
 
 def cpu_library(torch_dir: Path) -> SharedLibrary:
-    objects = [Object(SOURCES / "library.cpp"), Object(SOURCES / "cpu" / "lora.cpp")]
+    objects = [Object(SOURCES / source) for source in ("library.cpp", "cpu/lora.cpp", "cpu/lora_products.cpp")]
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     for capability, flags in CAPABILITIES.items():
         if on_x86 or capability == "baseline":
@@ -197,7 +197,7 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
                 )
             )
     if on_x86:
-        objects.append(Object(SOURCES / "cpu" / "lora_amx.cpp", flags=AMX))
+        objects += [Object(SOURCES / "cpu" / source, flags=AMX) for source in ("lora_amx.cpp", "gemm_amx.cpp")]
     return SharedLibrary("_C.so", objects, [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"])
 
 

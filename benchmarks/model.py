@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+import peft_kernels as pk
 from peft_kernels.training.models import LoadedModel, load_model
 
 from . import model_arms, model_memory
@@ -96,6 +97,8 @@ class _Models:
 
 def run(suite: Suite, progress: Progress) -> Record:
     """All model cases of `suite`."""
+    # For every arm alike, and what `peft-kernels finetune` does: the frozen model gains as much as the others.
+    keeps_memory = suite.device_type == "cpu" and pk.keep_freed_memory()
     models = _Models(torch.device(suite.device_type))
 
     def one(case: ModelCase) -> Record:
@@ -106,7 +109,11 @@ def run(suite: Suite, progress: Progress) -> Record:
             model_memory.add_to(record["arms"], case, source)
         return record
 
-    train_info: Record = {"models": models.descriptions, "optimizer": model_arms.OPTIMIZER}
+    train_info: Record = {
+        "models": models.descriptions,
+        "optimizer": model_arms.OPTIMIZER,
+        "keep_freed_memory": keeps_memory,
+    }
     return run_cases(suite.models, one, describe, progress, train_info)
 
 

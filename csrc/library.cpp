@@ -22,4 +22,14 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
       "ScalarType dtype, bool transposed) -> Tensor");
   // (scaling dy lora_b [M, r], scaling dy^T hidden [N, r]): dy [M, N], hidden [M, r], lora_b [N, r].
   m.def("lora_grad_b(Tensor grad_out, Tensor hidden, Tensor lora_b, float scaling) -> (Tensor, Tensor)");
+
+  // The layer in one call each way, of the products above: (y [M, N], hidden = (D * x) lora_a^T [M, r]).
+  m.def(
+      "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, "
+      "float dropout_p, Tensor? rng_state) -> (Tensor, Tensor)");
+  // (dx [M, K], grad_a [r, K], grad_b [N, r]), of shape [0] where not needed; x only for grad_a.
+  m.def(
+      "lora_linear_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor hidden, "
+      "float scaling, float dropout_p, Tensor? rng_state, bool need_x, bool need_a, bool need_b) "
+      "-> (Tensor, Tensor, Tensor)");
 }

@@ -8,6 +8,7 @@ from . import nn, ops
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
 from .config import LoraConfig
+from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
 from .reports import AccelerationReport, InjectionReport
 
@@ -24,6 +25,7 @@ __all__ = [
     "backend_report",
     "eject",
     "inject",
+    "keep_freed_memory",
     "load_adapter",
     "merge",
     "nn",

@@ -187,7 +187,7 @@ class BackendReport:
         for row in self.rows:
             others = "; ".join(f"{name}: {reason}" for name, reason in row.passed_over.items())
             name = str(row.dtype).removeprefix("torch.")
-            lines.append(f"{row.operator:<18} {row.device_type:<5} {name:<9} {row.backend:<10} {others}".rstrip())
+            lines.append(f"{row.operator:<20} {row.device_type:<5} {name:<9} {row.backend:<10} {others}".rstrip())
         return "\n".join(lines)
 
 

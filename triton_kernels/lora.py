@@ -248,6 +248,54 @@ def lora_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float
     return grad_hidden, grad_b
 
 
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `peft_kernels.reference.lora.lora_linear_forward`."""
+    hidden = lora_shrink(x, lora_a, 1.0, dropout_p, rng_state)
+    return lora_matmul(x, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None), hidden
+
+
+def lora_linear_backward(
+    grad_out: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `peft_kernels.reference.lora.lora_linear_backward`."""
+    if x is None and need_a:
+        raise ValueError("lora_linear_backward: x must be given for the gradient of lora_a, got None")
+    dx, grad_a, grad_b = grad_out.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    if not (need_x or need_a):
+        if need_b:
+            grad_b = lora_factor_grad(grad_out, hidden, scaling, 0.0, None, lora_b.dtype, True)
+        return dx, grad_a, grad_b
+    if need_b:
+        grad_hidden, grad_b = lora_grad_b(grad_out, hidden, lora_b, scaling)
+    else:
+        grad_hidden = lora_shrink(grad_out, lora_b.t(), scaling, 0.0, None)
+    if need_x:
+        dx = lora_matmul(grad_out, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
+    if x is not None and need_a:
+        grad_a = lora_factor_grad(x, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False)
+    return dx, grad_a, grad_b
+
+
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "dropout_mask": dropout_mask,
     "lora_shrink": lora_shrink,
@@ -255,5 +303,7 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "lora_matmul": lora_matmul,
     "lora_factor_grad": lora_factor_grad,
     "lora_grad_b": lora_grad_b,
+    "lora_linear_forward": lora_linear_forward,
+    "lora_linear_backward": lora_linear_backward,
 }
 """Operator name to launcher; each takes exactly the operator's arguments."""

@@ -44,15 +44,13 @@ void convert_row(const T* from, acc* to, int64_t row, int64_t column, int64_t co
       store_partial(to + c, load_partial(from + c, static_cast<int>(count - c)), static_cast<int>(count - c));
     return;
   }
-  uint16_t draws[kDrawBatch];
   for (int64_t batch = 0; batch < count; batch += kDrawBatch) {
-    philox_batch(
-        dropout.state, static_cast<uint32_t>((column + batch) / kPhiloxGroup), static_cast<uint32_t>(row), draws);
+    const uint64_t word = keep_word(dropout, row, column + batch);
     for (int c = 0; c < kDrawBatch && batch + c < count; c += lanes) {
       const int64_t at = batch + c;
       const int valid = static_cast<int>(smaller(lanes, count - at));
       const Vector<acc> value = valid == lanes ? load_vector(from + at) : load_partial(from + at, valid);
-      const Vector<acc> kept = keep_drawn<acc>(value, draws + c, dropout.threshold);
+      const Vector<acc> kept = keep_lanes<acc>(value, word >> c);
       if (valid == lanes) {
         store_vector(to + at, kept);
       } else {
@@ -191,8 +189,8 @@ void accumulate_pack(const Factor& factor, int64_t begin, int64_t end, void* pac
 // One tile of out += D * hidden factor: I rows, kTileVectors vectors of columns, of which `valid` columns exist.
 template <int I, typename T, typename acc>
 inline void accumulate_tile(
-    T* out, int64_t row_stride, const acc* hidden, int64_t rank, const acc* factor, int64_t valid,
-    const uint16_t* draws, const Dropout& dropout) {
+    T* out, int64_t row_stride, const acc* hidden, int64_t rank, const acc* factor, int64_t valid, const uint64_t* keep,
+    int64_t keep_shift) {
   constexpr int lanes = kLanes<acc>;
   Vector<acc> sum[I][kTileVectors] = {};
   for (int64_t j = 0; j < rank; ++j) {
@@ -214,7 +212,7 @@ inline void accumulate_tile(
       if (left <= 0) continue;
       T* at = out + i * row_stride + v * lanes;
       Vector<acc> update = sum[i][v];
-      if (dropout.active) update = keep_drawn<acc>(update, draws + i * kPanel + v * lanes, dropout.threshold);
+      if (keep != nullptr) update = keep_lanes<acc>(update, keep[i] >> (keep_shift + v * lanes));
       if (left >= lanes) {
         store_vector(at, load_vector(at) + update);
       } else {
@@ -229,16 +227,14 @@ inline void accumulate_rows(
     const Matrix& out, int64_t row, const acc* hidden, int64_t rank, const acc* packed, const Dropout& dropout) {
   constexpr int width = kTileVectors * kLanes<acc>;
   T* to = static_cast<T*>(out.data) + row * out.row_stride;
-  uint16_t draws[I * kPanel];
+  uint64_t keep[I];
   for (int64_t c = 0; c < out.columns; c += kPanel) {
-    for (int i = 0; i < I && dropout.active; ++i) {
-      philox_batch(
-          dropout.state, static_cast<uint32_t>(c / kPhiloxGroup), static_cast<uint32_t>(row + i), draws + i * kPanel);
-    }
+    for (int i = 0; i < I && dropout.active; ++i) keep[i] = keep_word(dropout, row + i, c);
     const acc* panel = packed + c * rank;
     for (int64_t tile = 0; tile < kPanel && c + tile < out.columns; tile += width) {
       accumulate_tile<I>(
-          to + c + tile, out.row_stride, hidden, rank, panel + tile, out.columns - c - tile, draws + tile, dropout);
+          to + c + tile, out.row_stride, hidden, rank, panel + tile, out.columns - c - tile,
+          dropout.active ? keep : nullptr, tile);
     }
   }
 }
@@ -289,7 +285,9 @@ void grad(
   alignas(64) acc sums[kGradColumns * kGradRanks];  // [panels][rank blocks][kPanel][kRankBlock]
   for (int64_t first = 0; first < rank; first += kGradRanks) {
     const int64_t ranks = smaller(kGradRanks, rank - first);
-    std::memset(sums, 0, sizeof(sums));
+    for (int64_t c = first_column; c < end_column; c += kPanel) {
+      std::memset(sums + (c - first_column) * kGradRanks, 0, sizeof(acc) * round_up(ranks, kRankBlock) * kPanel);
+    }
     for (int64_t m = begin; m < end; m += kRowChunk) {
       const int64_t rows = smaller(kRowChunk, end - m);
       for (int64_t c = first_column; c < end_column; c += kPanel) {
@@ -319,13 +317,19 @@ void grad(
 }
 
 void dropout_mask(bool* keep, int64_t columns, int64_t begin, int64_t end, const Dropout& dropout) {
-  uint16_t draws[kDrawBatch];
   for (int64_t m = begin; m < end; ++m) {
     for (int64_t c = 0; c < columns; c += kDrawBatch) {
-      philox_batch(dropout.state, static_cast<uint32_t>(c / kPhiloxGroup), static_cast<uint32_t>(m), draws);
+      const uint64_t word = keep_word(dropout, m, c);
       const int64_t count = smaller(kDrawBatch, columns - c);
-      for (int64_t i = 0; i < count; ++i) keep[m * columns + c + i] = draws[i] >= dropout.threshold;
+      for (int64_t i = 0; i < count; ++i) keep[m * columns + c + i] = (word >> i & 1) != 0;
     }
+  }
+}
+
+void keep_words(uint64_t* keep, int64_t columns, int64_t begin, int64_t end, const Dropout& dropout) {
+  const int64_t words = divide_up(columns, kDrawBatch);
+  for (int64_t m = begin; m < end; ++m) {
+    for (int64_t word = 0; word < words; ++word) keep[m * words + word] = keep_word(dropout, m, word * kDrawBatch);
   }
 }
 
@@ -350,6 +354,8 @@ const LoraKernels PK_TABLE_NAME(PK_CAPABILITY) = {
     PK_CAPABILITY_NAME(PK_CAPABILITY),
     {products<float>(), products<bf16>(), products<fp16>(), products<double>()},
     dropout_mask,
+    keep_words,
+    {},
 };
 
 }  // namespace peft_kernels

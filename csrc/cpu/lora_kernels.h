@@ -1,13 +1,14 @@
-// The raw-pointer LoRA kernels of one instruction set; lora.cpp checks, casts the factors, threads and registers.
+// The raw-pointer LoRA kernels of one instruction set; lora_products.cpp casts the factors and threads.
 //
 // Activations are row-major with unit column stride. `acc` below is float, or double for double activations. A product
 // runs in two steps, so that each instruction set may lay out the small operand as it likes: pack it, then run over
-// the activations. Both steps take ranges, which lora.cpp hands to threads.
+// the activations. Both steps take ranges, which lora_products.cpp hands to threads.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/philox.h"
+#include "rounding.h"
 
 namespace peft_kernels {
 
@@ -21,14 +22,14 @@ constexpr int64_t kGradColumns = 4 * kPanel;
 // Rows per unit of packing in the factor gradient.
 constexpr int64_t kPackRows = 32;
 
-static constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-static constexpr int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
-
 struct Dropout {
   bool active = false;
   RngState state = {0, 0};
   uint32_t threshold = 0;
   double scale = 1.0;
+  // The mask as drawn before, where it is: bit c % 64 of keep[m * keep_stride + c / 64]. Else it is drawn on the way.
+  const uint64_t* keep = nullptr;
+  int64_t keep_stride = 0;
 };
 
 // An activation matrix; `data` points at row 0, so that masks know their rows.
@@ -84,11 +85,17 @@ struct SkinnyKernels {
       const void* packed, void* partial, const Dropout& dropout);
 };
 
+struct GemmKernel;
+
 struct LoraKernels {
   const char* capability;
   SkinnyKernels products[kDTypes];  // indexed by DType
   // keep[m, c] of the mask for rows [begin, end).
   void (*dropout_mask)(bool* keep, int64_t columns, int64_t begin, int64_t end, const Dropout& dropout);
+  // The same as words: bit c % 64 of keep[m * divide_up(columns, 64) + c / 64].
+  void (*keep_words)(uint64_t* keep, int64_t columns, int64_t begin, int64_t end, const Dropout& dropout);
+  // The large product with the low-rank one in it, indexed by DType; null where the library GEMM is the best there is.
+  const GemmKernel* gemms[kDTypes];
 };
 
 extern const LoraKernels lora_kernels_baseline;

@@ -13,6 +13,7 @@
 #endif
 
 #include "../common/philox.h"
+#include "lora_kernels.h"
 
 namespace peft_kernels {
 namespace {
@@ -47,8 +48,7 @@ typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Uint32Vector __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));     // as many lanes as FloatVector
-typedef uint16_t QuarterVector __attribute__((vector_size(kVectorBytes / 4)));  // as many lanes as DoubleVector
+typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as FloatVector
 
 template <typename acc>
 struct VectorOf;
@@ -56,13 +56,11 @@ template <>
 struct VectorOf<float> {
   using type = FloatVector;
   using mask = Int32Vector;
-  using draws = HalfVector;
 };
 template <>
 struct VectorOf<double> {
   using type = DoubleVector;
   using mask = Int64Vector;
-  using draws = QuarterVector;
 };
 template <typename acc>
 using Vector = typename VectorOf<acc>::type;
@@ -190,13 +188,14 @@ inline void store_partial(T* to, VectorFor<T> value, int count) {
   std::memcpy(to, lanes, sizeof(T) * count);
 }
 
-// `value` where the 16-bit draw is at least the threshold, else zero.
+// Lane i of `value` where bit i is set, else zero.
 template <typename acc>
-inline Vector<acc> keep_drawn(Vector<acc> value, const uint16_t* draws, uint32_t threshold) {
+inline Vector<acc> keep_lanes(Vector<acc> value, uint64_t bits) {
   using Mask = typename VectorOf<acc>::mask;
-  using Draws = typename VectorOf<acc>::draws;
-  const Mask numbers = __builtin_convertvector(load_unaligned<Draws>(draws), Mask);
-  const Mask kept = numbers >= (Mask{} + static_cast<int32_t>(threshold));
+  Mask own_bit;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes<acc>; ++lane) own_bit[lane] = 1 << lane;
+  const Mask kept = ((Mask{} + static_cast<int32_t>(bits & 0xFFFF)) & own_bit) == own_bit;
   return (Vector<acc>)((Mask)value & kept);
 }
 
@@ -285,6 +284,36 @@ inline void philox_batch(RngState state, uint32_t first_group, uint32_t row, uin
 }
 
 #endif
+
+// --- the mask as words: bit i is set where element i of a batch is kept ---
+
+#if defined(__AVX512F__)
+
+inline uint64_t keep_bits(const uint16_t* draws, uint32_t threshold) {
+  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(draws), limit);
+  const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(draws + 32), limit);
+  return low | high << 32;
+}
+
+#else
+
+inline uint64_t keep_bits(const uint16_t* draws, uint32_t threshold) {
+  uint64_t bits = 0;
+  for (int i = 0; i < kDrawBatch; ++i) bits |= static_cast<uint64_t>(draws[i] >= threshold) << i;
+  return bits;
+}
+
+#endif
+
+// Elements [column, column + 64) of a row, column a multiple of 64.
+inline uint64_t keep_word(const Dropout& dropout, int64_t row, int64_t column) {
+  if (dropout.keep != nullptr) return dropout.keep[row * dropout.keep_stride + column / kDrawBatch];
+  if (dropout.threshold > 0xFFFF) return 0;  // does not fit the comparison of 16-bit numbers
+  alignas(64) uint16_t draws[kDrawBatch];
+  philox_batch(dropout.state, static_cast<uint32_t>(column / kPhiloxGroup), static_cast<uint32_t>(row), draws);
+  return keep_bits(draws, dropout.threshold);
+}
 
 }  // namespace
 }  // namespace peft_kernels

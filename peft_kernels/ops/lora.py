@@ -65,6 +65,40 @@ def _fake_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: floa
     return torch.empty_like(hidden, memory_format=torch.contiguous_format), lora_b.new_empty(lora_b.shape)
 
 
+def _fake_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], weight.shape[0])), _fake_shrink(x, lora_a, 1.0, dropout_p, rng_state)
+
+
+def _fake_linear_backward(
+    grad_out: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        grad_out.new_empty((grad_out.shape[0], weight.shape[1]) if need_x else 0),
+        lora_a.new_empty(lora_a.shape if need_a else 0),
+        lora_b.new_empty(lora_b.shape if need_b else 0),
+    )
+
+
 def _triton_launchers() -> dict[str, Callable[..., Any]] | str:
     try:
         from peft_kernels.triton_kernels import lora as kernels
@@ -82,6 +116,8 @@ def _register() -> None:
         ("lora_matmul", reference.lora_matmul, _fake_matmul, False),
         ("lora_factor_grad", reference.lora_factor_grad, _fake_factor_grad, False),
         ("lora_grad_b", reference.lora_grad_b, _fake_grad_b, False),
+        ("lora_linear_forward", reference.lora_linear_forward, _fake_linear_forward, False),
+        ("lora_linear_backward", reference.lora_linear_backward, _fake_linear_backward, False),
     ):
         register_operator(name, reference=definition, fake=fake, cuda=cuda, triton=triton)
 
@@ -109,12 +145,8 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout_p: float,
         backend: str | None,
     ) -> Tensor:
-        device_type, dtype = x.device.type, x.dtype
-        rows = as_rows(x)
-        shrink = backends.kernel("lora_shrink", device_type, dtype, backend)
-        matmul = backends.kernel("lora_matmul", device_type, dtype, backend)
-        hidden = shrink(rows, lora_a, 1.0, dropout_p, rng_state)
-        y = matmul(rows, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None)
+        forward = backends.kernel("lora_linear_forward", x.device.type, x.dtype, backend)
+        y, hidden = forward(as_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, rng_state)
         need_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if need_x else None, weight, lora_a, lora_b, hidden, rng_state)
         ctx.shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
@@ -129,29 +161,20 @@ class LoRALinearFunction(torch.autograd.Function):
             return _differentiable_backward(ctx, grad_out)
         x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        scaling, dropout_p = ctx.scaling, ctx.dropout_p
-        device_type, dtype = grad_out.device.type, grad_out.dtype
-
-        def kernel(operator: str) -> backends.Function:
-            return backends.kernel(operator, device_type, dtype, ctx.backend)
-
         dy = as_rows(grad_out)
-        dx = grad_weight = grad_bias = grad_a = grad_b = grad_hidden = None
-        if need_b and (need_a or need_x):
-            grad_hidden, grad_b = kernel("lora_grad_b")(dy, hidden, lora_b, scaling)
-        elif need_b:
-            grad_b = kernel("lora_factor_grad")(dy, hidden, scaling, 0.0, None, lora_b.dtype, True)
-        elif need_a or need_x:
-            grad_hidden = kernel("lora_shrink")(dy, lora_b.t(), scaling, 0.0, None)
-        if need_x:
-            dx = kernel("lora_matmul")(dy, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
-            dx = dx if len(ctx.shape) == 2 else dx.view(ctx.shape)
-        if need_a or need_weight:
-            rows = as_rows(x)
-            if need_a:
-                grad_a = kernel("lora_factor_grad")(rows, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False)
-            if need_weight:
-                grad_weight = dy.t() @ rows
+        rows = None if x is None else as_rows(x)
+        dx = grad_weight = grad_bias = grad_a = grad_b = None
+        if need_x or need_a or need_b:
+            backward = backends.kernel("lora_linear_backward", dy.device.type, dy.dtype, ctx.backend)
+            dx, grad_a, grad_b = backward(
+                dy, rows, weight, lora_a, lora_b, hidden, ctx.scaling, ctx.dropout_p, rng_state, need_x, need_a, need_b
+            )
+            if need_x and grad_out.dim() != 2:
+                dx = dx.view(ctx.shape)
+            # What was not needed came back empty.
+            dx, grad_a, grad_b = dx if need_x else None, grad_a if need_a else None, grad_b if need_b else None
+        if need_weight:
+            grad_weight = dy.t() @ rows
         if need_bias:
             grad_bias = dy.sum(0)
         return dx, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None
@@ -190,6 +213,23 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
+def _check_base(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"lora_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
+    if tensor.device != x.device:
+        raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+
+
+def _check_factor(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype not in _FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(
+            f"lora_linear: {name} must be float32, bfloat16 or float16 (float64 if and only if x is), "
+            f"got {_describe(tensor)} with x {_describe(x)}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> None:
     """Raises before anything runs; every message names the argument, what was expected and what came."""
     if weight.dim() != 2:
@@ -199,27 +239,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
         raise ValueError(f"lora_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
     if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] < 1:
         raise ValueError(f"lora_linear: lora_a must be [r, {in_features}] with r >= 1, got {_describe(lora_a)}")
-    if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != lora_a.shape[0]:
+    if lora_b.shape != (out_features, lora_a.shape[0]):
         raise ValueError(
             f"lora_linear: lora_b must be [{out_features}, {lora_a.shape[0]}] to match weight and lora_a, "
             f"got {_describe(lora_b)}"
         )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
-        raise ValueError(f"lora_linear: bias must be [{out_features}], got {_describe(bias)}")
     if x.dtype not in _FLOATING:
         raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, got {_describe(x)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"lora_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
-    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.dtype not in _FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-            raise TypeError(
-                f"lora_linear: {name} must be float32, bfloat16 or float16 (float64 if and only if x is), "
-                f"got {_describe(tensor)} with x {_describe(x)}"
-            )
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+    _check_base("weight", weight, x)
+    if bias is not None:
+        if bias.shape != (out_features,):
+            raise ValueError(f"lora_linear: bias must be [{out_features}], got {_describe(bias)}")
+        _check_base("bias", bias, x)
+    _check_factor("lora_a", lora_a, x)
+    _check_factor("lora_b", lora_b, x)
     if not 0.0 <= dropout_p <= 1.0:  # also refuses NaN
         raise ValueError(f"lora_linear: dropout_p must be a probability in [0, 1], got {dropout_p}")
 

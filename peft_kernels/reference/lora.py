@@ -104,6 +104,52 @@ def lora_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float
     return grad_hidden, lora_factor_grad(grad_out, hidden, scaling, 0.0, None, lora_b.dtype, True)
 
 
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`y [M, N]` in x's dtype and the `hidden [M, r]` that backward asks for; the layer's forward in one call."""
+    hidden = lora_shrink(x, lora_a, 1.0, dropout_p, rng_state)
+    return lora_matmul(x, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None), hidden
+
+
+def lora_linear_backward(
+    grad_out: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dx [M, K]`, `grad_a [r, K]` and `grad_b [N, r]`, those that are needed; the others are empty, of shape `[0]`.
+
+    grad_out `[M, N]`; x may be None unless grad_a is needed. dx has grad_out's dtype, the others their factors'.
+    """
+    if x is None and need_a:
+        raise ValueError("lora_linear_backward: x must be given for the gradient of lora_a, got None")
+    dx, grad_a, grad_b = grad_out.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    grad_hidden = lora_shrink(grad_out, lora_b.t(), scaling, 0.0, None)
+    if need_x:
+        dx = lora_matmul(grad_out, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
+    if x is not None and need_a:
+        grad_a = lora_factor_grad(x, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False)
+    if need_b:
+        grad_b = lora_factor_grad(grad_out, hidden, scaling, 0.0, None, lora_b.dtype, True)
+    return dx, grad_a, grad_b
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -115,7 +161,5 @@ def lora_linear(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """The whole layer as autograd sees it; differentiable any number of times. x `[..., K]`, result `[..., N]`."""
-    rows = as_rows(x)
-    hidden = lora_shrink(rows, lora_a, 1.0, dropout_p, rng_state)
-    y = lora_matmul(rows, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None)
+    y, _ = lora_linear_forward(as_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, rng_state)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -147,6 +147,8 @@ def choose_device(name: str) -> torch.device:
 
 def _prepare(settings: Settings, output: Path, console: Console, state: checkpoint.State | None) -> _Run:
     device = choose_device(settings.device)
+    if device.type == "cpu":
+        pk.keep_freed_memory()
     torch.manual_seed(settings.seed)
     with status(console, f"Loading {settings.model}"):
         base = load_model(settings.model, getattr(torch, settings.dtype), device)

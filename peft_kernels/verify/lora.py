@@ -84,6 +84,27 @@ def _grad_b(i: _Inputs) -> tuple[object, ...]:
     return grad_out, i.sums(i.rows, i.rank), lora_b, _SCALING
 
 
+def _linear_forward(i: _Inputs) -> tuple[object, ...]:
+    x = i.normal(i.rows, i.columns, strided=i.rank == 3)
+    weight = i.normal(i.out_columns, i.columns, fan_in=i.columns, strided=i.rank == 17)
+    bias = i.normal(i.out_columns) if i.rank != 2 else None
+    return x, weight, bias, *_factors(i), _SCALING, *i.dropout
+
+
+def _linear_backward(i: _Inputs) -> tuple[object, ...]:
+    grad_out = i.normal(i.rows, i.out_columns, strided=i.rank == 3)
+    need_x, need_a, need_b = i.rank != 3, i.rank != 64, i.rank != 17
+    x = i.normal(i.rows, i.columns, strided=i.rank == 3) if need_a else None
+    weight = i.normal(i.out_columns, i.columns, fan_in=i.out_columns, strided=i.rank == 17)
+    hidden = i.sums(i.rows, i.rank)
+    return grad_out, x, weight, *_factors(i), hidden, _SCALING, *i.dropout, need_x, need_a, need_b
+
+
+def _factors(i: _Inputs) -> tuple[Tensor, Tensor]:
+    lora_a = i.normal(i.rank, i.columns, fan_in=i.columns, dtype=i.factor_dtype, strided=i.rank == 17)
+    return lora_a, i.normal(i.out_columns, i.rank, fan_in=i.rank, dtype=i.factor_dtype)
+
+
 _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[object, ...]]] = {
     "dropout_mask": _dropout_mask,
     "lora_shrink": _shrink,
@@ -91,6 +112,8 @@ _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[object, ...]]] = {
     "lora_matmul": _matmul,
     "lora_factor_grad": _factor_grad,
     "lora_grad_b": _grad_b,
+    "lora_linear_forward": _linear_forward,
+    "lora_linear_backward": _linear_backward,
 }
 _MUTATED = {"lora_accumulate_": 0}
 _WITHOUT_DROPOUT = ("lora_grad_b",)

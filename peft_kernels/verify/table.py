@@ -19,6 +19,7 @@ def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
     """Prints the table, the failures with their first failing case, and a verdict."""
     table = Table(title="Operators against the reference in float64", box=box.SIMPLE_HEAD, pad_edge=False)
     table.title_justify, table.title_style = "left", "bold"
+    table.padding = (0, 0, 0, 1)  # whole names in 80 columns
     for column in ("operator", "backend", "device"):
         table.add_column(column, no_wrap=True)
     for dtype in DTYPES:

@@ -24,8 +24,7 @@ def _forward(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: flo
     x, weight, bias = _empty(rows, K, dtype=dtype), _empty(N, K, dtype=dtype), _empty(N, dtype=dtype)
     lora_a, lora_b = _empty(rank, K, dtype=factors), _empty(N, rank, dtype=factors)
     rng_state = _empty(2, dtype=torch.int64) if dropout_p else None
-    hidden = lora.lora_shrink(x, lora_a, 1.0, dropout_p, rng_state)
-    lora.lora_matmul(x, weight.t(), bias, hidden, lora_b.t(), 2.0, 0.0, None)
+    lora.lora_linear_forward(x, weight, bias, lora_a, lora_b, 2.0, dropout_p, rng_state)
 
 
 def _backward(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: float, rows: int = M) -> None:
@@ -33,9 +32,7 @@ def _backward(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: fl
     lora_a, lora_b = _empty(rank, K, dtype=factors), _empty(N, rank, dtype=factors)
     hidden = _empty(rows, rank, dtype=torch.float32)
     rng_state = _empty(2, dtype=torch.int64) if dropout_p else None
-    grad_hidden, _ = lora.lora_grad_b(dy, hidden, lora_b, 2.0)
-    lora.lora_matmul(dy, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
-    lora.lora_factor_grad(x, grad_hidden, 1.0, dropout_p, rng_state, factors, False)
+    lora.lora_linear_backward(dy, x, weight, lora_a, lora_b, hidden, 2.0, dropout_p, rng_state, True, True, True)
 
 
 def _accumulate(dtype: torch.dtype, factors: torch.dtype, rank: int, dropout_p: float) -> None:

@@ -141,6 +141,34 @@ SHAPES = [
     ("lora_grad_b", {"lora_b": cut_rows}, "lora_b"),
     ("lora_grad_b", {"lora_b": cut}, "lora_b|hidden"),
     ("lora_grad_b", {"grad_out": lambda t: t[0]}, "grad_out"),
+    ("lora_linear_forward", {"x": lambda t: t[0]}, "x"),
+    ("lora_linear_forward", {"x": cut}, "weight"),
+    ("lora_linear_forward", {"weight": cut}, "weight"),
+    ("lora_linear_forward", {"weight": lambda t: t[None]}, "weight"),
+    ("lora_linear_forward", {"weight": cut_rows}, "bias|lora_b"),
+    ("lora_linear_forward", {"bias": lambda t: t[:-1]}, "bias"),
+    ("lora_linear_forward", {"lora_a": cut}, "lora_a"),
+    ("lora_linear_forward", {"lora_a": lambda t: t[:0]}, "lora_a"),
+    ("lora_linear_forward", {"lora_b": cut}, "lora_b"),
+    ("lora_linear_forward", {"lora_b": cut_rows}, "lora_b"),
+    ("lora_linear_forward", {"lora_b": torch.t}, "lora_b"),
+    ("lora_linear_backward", {"grad_out": lambda t: t[0]}, "grad_out"),
+    ("lora_linear_backward", {"grad_out": cut}, "weight"),
+    ("lora_linear_backward", {"x": None}, "x"),
+    ("lora_linear_backward", {"x": cut}, "x"),
+    ("lora_linear_backward", {"x": cut_rows}, "x"),
+    ("lora_linear_backward", {"x": lambda t: t[0]}, "x"),
+    ("lora_linear_backward", {"weight": cut_rows}, "weight"),
+    ("lora_linear_backward", {"weight": lambda t: t[None]}, "weight"),
+    ("lora_linear_backward", {"weight": cut}, "x|lora_a"),
+    ("lora_linear_backward", {"lora_a": cut}, "lora_a"),
+    ("lora_linear_backward", {"lora_a": lambda t: t[:0]}, "lora_a"),
+    ("lora_linear_backward", {"lora_a": cut_rows}, "lora_b"),
+    ("lora_linear_backward", {"lora_b": cut_rows}, "lora_b"),
+    ("lora_linear_backward", {"lora_b": torch.t}, "lora_b"),
+    ("lora_linear_backward", {"hidden": cut_rows}, "hidden"),
+    ("lora_linear_backward", {"hidden": cut}, "hidden"),
+    ("lora_linear_backward", {"hidden": lambda t: t[0]}, "hidden"),
 ]
 DTYPES = [
     ("lora_shrink", {"x": torch.Tensor.int}, "x"),
@@ -158,6 +186,17 @@ DTYPES = [
     ("lora_factor_grad", {"dtype": torch.int32}, "dtype"),
     ("lora_grad_b", {"hidden": half}, "hidden"),
     ("lora_grad_b", {"grad_out": torch.Tensor.int}, "grad_out"),
+    ("lora_linear_forward", {"x": torch.Tensor.int}, "x"),
+    ("lora_linear_forward", {"weight": half}, "weight"),
+    ("lora_linear_forward", {"bias": half}, "bias"),
+    ("lora_linear_forward", {"lora_a": torch.Tensor.double}, "lora_a"),
+    ("lora_linear_forward", {"lora_b": torch.Tensor.int}, "lora_b"),
+    ("lora_linear_backward", {"grad_out": torch.Tensor.int}, "grad_out"),
+    ("lora_linear_backward", {"x": half}, "x"),
+    ("lora_linear_backward", {"weight": half}, "weight"),
+    ("lora_linear_backward", {"lora_a": torch.Tensor.int}, "lora_a"),
+    ("lora_linear_backward", {"lora_b": torch.Tensor.double}, "lora_b"),
+    ("lora_linear_backward", {"hidden": half}, "hidden"),
 ]
 RNG_STATES = {
     "missing": None,
@@ -251,6 +290,13 @@ def test_reference_does_not_skip_dropout_that_lacks_its_random_state(place, oper
     call = random_call(operator, dropout_p=0.5, device=place.device)
     with pytest.raises(ValueError, match="rng_state"):
         call.map(lambda tensor: tensor, rng_state=None).run(place.kernel(operator, torch.float32))
+
+
+@pytest.mark.parametrize("place", places("lora_linear_backward"))
+def test_gradient_of_lora_a_is_not_made_without_x(place):
+    call = random_call("lora_linear_backward", device=place.device)
+    with pytest.raises((ValueError, RuntimeError), match=r"lora_linear_backward: x must be given .*, got None"):
+        call.map(lambda tensor: tensor, x=None).run(place.kernel("lora_linear_backward", torch.float32))
 
 
 @pytest.mark.parametrize("place", places(*LAYER_OPERATORS))

@@ -53,9 +53,9 @@ def test_operators_give_the_same_bits_from_run_to_run(operator, place, dtype, si
 @pytest.mark.parametrize("sizes", SIZES, ids=["tall", "wide"])
 def test_operators_give_the_same_bits_for_any_number_of_threads(operator, place, dtype, sizes, restored_threads):
     call = large_call(operator, dtype, sizes, place.device)
-    if operator == "lora_matmul":
-        # torch's own matrix product splits its sums by the number of threads; zeros leave the part that is ours.
-        call = call.map(lambda t: t, x=torch.zeros_like(call.arguments["x"]))
+    # torch's own matrix product splits its sums by the number of threads; zeros leave the part that is ours.
+    for name in {"matrix", "weight"} & call.arguments.keys():
+        call = call.map(lambda t: t, **{name: torch.zeros_like(call.arguments[name])})
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

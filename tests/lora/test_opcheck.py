@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_operator(namespace, device, operator, dtype, dropout_p):
 
 
 @EACH_NAMESPACE
-@pytest.mark.parametrize("operator", ["lora_matmul", "lora_factor_grad"])
+@pytest.mark.parametrize("operator", ["lora_matmul", "lora_factor_grad", "lora_linear_forward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_operator_in_its_other_form(namespace, device, operator, dtype):
     skip_unless_registered(namespace, operator, device, dtype)
@@ -57,6 +59,17 @@ def test_operator_on_strided_and_empty_tensors(namespace, device, operator):
         random_call(operator, device=device).map(lambda t: torch.cat([t, t], 0)[: 2 * len(t) : 2]),
     ):
         torch.library.opcheck(raw_operator(namespace, operator), tuple(call.arguments.values()))
+
+
+@EACH_NAMESPACE
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_backward_of_the_layer_for_whatever_is_needed(namespace, device, needs):
+    operator = "lora_linear_backward"
+    skip_unless_registered(namespace, operator, device, torch.float32)
+    call = random_call(operator, needs=needs, dropout_p=0.5, device=device)
+    if not call.arguments["need_a"]:
+        call = call.map(lambda tensor: tensor, x=None)
+    torch.library.opcheck(raw_operator(namespace, operator), tuple(call.arguments.values()))
 
 
 @EACH_NAMESPACE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from peft_kernels.reference import lora as reference
 
 from ..support.accuracy import assert_accurate, assert_same_bits
 from ..support.layouts import LAYOUTS, laid_out
-from ..support.operators import DROPPING, OPERATORS, formula, random_call, result_dtypes
-from ..support.places import places_and_dtypes
+from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, formula, random_call, result_dtypes
+from ..support.places import places, places_and_dtypes
 
 RANKS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65)
 SIZES = (
@@ -148,7 +150,7 @@ def test_zero_columns(operator, place, dtype, empty, rows):
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("rank", [1, 9])
 def test_strides(operator, place, dtype, layout, rank):
-    dropout_p = 0.0 if operator == "lora_grad_b" else 0.25
+    dropout_p = 0.25 if operator in DROPPING else 0.0
     call = random_call(
         operator, rows=11, columns=45, out_columns=26, rank=rank, dtype=dtype, dropout_p=dropout_p, device=place.device
     )
@@ -170,10 +172,38 @@ def test_accumulate_into_columns_that_lie_apart(place, dtype, layout):
 def test_expanded_inputs(operator, place, dtype, which):
     # What `sum().backward()` hands to backward: strides of zero.
     call = random_call(operator, rows=9, columns=20, out_columns=20, rank=3, dtype=dtype, device=place.device)
-    name = "grad_out" if operator == "lora_grad_b" else "x" if operator != "lora_accumulate_" else "hidden"
+    name = "hidden" if operator == "lora_accumulate_" else ACTIVATIONS[operator]
     tensor = call.arguments[name]
     source = {"rows": tensor[:1], "columns": tensor[:, :1], "everything": tensor[:1, :1]}[which]
     check(call.map(lambda t: t, **{name: source.expand_as(tensor)}), place, dtype)
+
+
+@each_operator(torch.float32, *HALF, torch.float64, operators=("lora_linear_backward",))
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_only_the_gradients_that_are_needed_are_made(operator, place, dtype, needs, dropout_p):
+    sizes = {"rows": 37, "columns": 70, "out_columns": 45, "rank": 5}
+    call = random_call(operator, **sizes, dtype=dtype, dropout_p=dropout_p, needs=needs, device=place.device)
+    results = check(call, place, dtype)
+    everything = call.map(lambda t: t, need_x=True, need_a=True, need_b=True).run(place.kernel(operator, dtype))
+    for needed, result, whole in zip(needs, results, everything, strict=True):
+        assert result.shape == (whole.shape if needed else (0,))
+        if needed:
+            torch.testing.assert_close(result, whole)
+    if not call.arguments["need_a"]:
+        for with_x, without in zip(results, check(call.map(lambda t: t, x=None), place, dtype), strict=True):
+            assert_same_bits(without, with_x)
+
+
+@pytest.mark.parametrize("operator", ["lora_matmul", "lora_linear_forward"])
+@pytest.mark.parametrize("place", [param for param in places() if param.values[0].backend == "cpu"])
+def test_autograd_does_not_take_the_product_of_the_library_for_the_whole(operator, place):
+    call = random_call(operator)
+    x = call.arguments["x"].clone().requires_grad_()
+    result, *_ = call.map(lambda tensor: tensor, x=x).run(place.kernel(operator, torch.float32))
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        result.sum().backward()
+    assert x.grad is None
 
 
 @EACH_OPERATOR
@@ -213,7 +243,6 @@ def test_dropped_elements_are_zero_even_where_x_is_not_finite(operator, place, d
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_visible(operator, place, dtype, value):
     call = random_call(operator, dtype=dtype, device=place.device)
-    name = {"lora_accumulate_": "out", "lora_grad_b": "grad_out"}.get(operator, "x")
-    call.arguments[name][3, 5] = value
+    call.arguments[ACTIVATIONS[operator]][3, 5] = value
     for result, exact in zip(call.run(place.kernel(operator, dtype)), formula(call, torch.float64), strict=True):
         assert torch.equal(result.isfinite(), exact.isfinite())

@@ -11,7 +11,7 @@ import peft_kernels
 
 from ..support.layouts import LAYOUTS, laid_out
 from ..support.lora import TENSORS, Layer, formula, gradients, mask_of_seeded_call, seeded_call
-from ..support.operators import OPERATORS, random_call
+from ..support.operators import DROPPING, OPERATORS, random_call
 from ..support.operators import formula as operator_formula
 from ..support.places import ALL_DTYPES, LAYER_OPERATORS, places, places_and_dtypes
 
@@ -85,9 +85,10 @@ def test_operators_are_exact(operator, place, data):
         out_columns=data.draw(SIZE),
         rank=data.draw(st.integers(1, 65)),
         dtype=dtype,
-        dropout_p=0.0 if operator == "lora_grad_b" else data.draw(DROPOUT),
+        dropout_p=data.draw(DROPOUT) if operator in DROPPING else 0.0,
         bias=data.draw(st.booleans()),
         transposed=data.draw(st.booleans()),
+        needs=data.draw(st.tuples(*[st.booleans()] * 3)),
         integers=True,
         device=place.device,
         seed=data.draw(st.integers(0, 2**32)),

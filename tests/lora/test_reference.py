@@ -81,8 +81,12 @@ def test_backward_operators_are_the_gradients_of_the_forward(dropout_p):
         grad_hidden, grad_b = reference.lora_grad_b(dy, hidden, layer.lora_b, scaling)
         grad_a = reference.lora_factor_grad(layer.x, grad_hidden, 1.0, dropout_p, state, torch.float64, False)
         dx = reference.lora_matmul(dy, layer.weight, None, grad_hidden, layer.lora_a, 1.0, dropout_p, state)
-    for actual, gradient in zip((dx, grad_a, grad_b), expected, strict=True):
+        together = reference.lora_linear_backward(
+            dy, layer.x, layer.weight, layer.lora_a, layer.lora_b, hidden, scaling, dropout_p, state, True, True, True
+        )
+    for actual, composed, gradient in zip((dx, grad_a, grad_b), together, expected, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(composed, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_dropped_elements_are_zero_even_where_x_is_not_finite():

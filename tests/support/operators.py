@@ -12,8 +12,18 @@ from torch import Tensor, einsum
 from peft_kernels.reference.lora import accumulation_dtype
 from peft_kernels.reference.philox import dropout_mask
 
-OPERATORS = ("lora_shrink", "lora_accumulate_", "lora_matmul", "lora_factor_grad", "lora_grad_b")
-DROPPING = ("lora_shrink", "lora_accumulate_", "lora_matmul", "lora_factor_grad")
+ACTIVATIONS = {
+    "lora_shrink": "x",
+    "lora_accumulate_": "out",
+    "lora_matmul": "x",
+    "lora_factor_grad": "x",
+    "lora_grad_b": "grad_out",
+    "lora_linear_forward": "x",
+    "lora_linear_backward": "grad_out",
+}
+"""Operator to the argument whose dtype is that of the call."""
+OPERATORS = tuple(ACTIVATIONS)
+DROPPING = tuple(operator for operator in OPERATORS if operator != "lora_grad_b")
 """The operators that take dropout_p and rng_state."""
 
 
@@ -61,6 +71,7 @@ def random_call(
     dropout_p: float = 0.0,
     bias: bool = True,
     transposed: bool = False,
+    needs: tuple[bool, bool, bool] = (True, True, True),
     integers: bool = False,
     device: str = "cpu",
     seed: int = 0,
@@ -68,7 +79,7 @@ def random_call(
     """A call on random normal numbers, or on small integers, of which every sum is exact in float32.
 
     `rows` is M, `columns` the features that are read (or, for `lora_accumulate_`, written), `out_columns` those that
-    `lora_matmul` writes and the N of `lora_grad_b`.
+    `lora_matmul` writes and the N of `lora_grad_b` and the layer. `needs`: of x, lora_a and lora_b, for the backward.
     """
     generator = torch.Generator().manual_seed(seed)
     factors, sums = factor_dtype or dtype, accumulation_dtype(dtype)
@@ -114,6 +125,26 @@ def random_call(
             "lora_b": values(out_columns, rank, to=factors),
             "scaling": scaling,
         }
+    elif operator == "lora_linear_forward":
+        arguments = {
+            "x": values(rows, columns, to=dtype),
+            "weight": values(out_columns, columns, to=dtype),
+            "bias": values(out_columns, to=dtype) if bias else None,
+            "lora_a": values(rank, columns, to=factors),
+            "lora_b": values(out_columns, rank, to=factors),
+            **dropout,
+        }
+    elif operator == "lora_linear_backward":
+        arguments = {
+            "grad_out": values(rows, out_columns, to=dtype),
+            "x": values(rows, columns, to=dtype),
+            "weight": values(out_columns, columns, to=dtype),
+            "lora_a": values(rank, columns, to=factors),
+            "lora_b": values(out_columns, rank, to=factors),
+            "hidden": values(rows, rank, to=sums),
+            **dropout,
+            **dict(zip(("need_x", "need_a", "need_b"), needs, strict=True)),
+        }
     else:
         raise ValueError(f"unknown operator {operator!r}")
     return Call(operator, arguments)
@@ -122,13 +153,18 @@ def random_call(
 def result_dtypes(call: Call) -> tuple[torch.dtype, ...]:
     """The dtypes the contract promises."""
     arguments = call.arguments
+    dtype = arguments[ACTIVATIONS[call.operator]].dtype
     if call.operator == "lora_shrink":
-        return (accumulation_dtype(arguments["x"].dtype),)
+        return (accumulation_dtype(dtype),)
     if call.operator == "lora_factor_grad":
         return (arguments["dtype"],)
     if call.operator == "lora_grad_b":
-        return accumulation_dtype(arguments["grad_out"].dtype), arguments["lora_b"].dtype
-    return (arguments["out" if call.operator == "lora_accumulate_" else "x"].dtype,)
+        return accumulation_dtype(dtype), arguments["lora_b"].dtype
+    if call.operator == "lora_linear_forward":
+        return dtype, accumulation_dtype(dtype)
+    if call.operator == "lora_linear_backward":
+        return dtype, arguments["lora_a"].dtype, arguments["lora_b"].dtype
+    return (dtype,)
 
 
 def formula(call: Call, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -151,6 +187,19 @@ def formula(call: Call, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (
             scaling * einsum("mn,nr->mr", a["grad_out"], a["lora_b"]),
             scaling * einsum("mn,mr->nr", a["grad_out"], a["hidden"]),
+        )
+    if call.operator == "lora_linear_forward":
+        hidden = einsum("mk,rk->mr", drop(a["x"]), a["lora_a"])
+        y = einsum("mk,nk->mn", a["x"], a["weight"]) + scaling * einsum("mr,nr->mn", hidden, a["lora_b"])
+        return (y if a["bias"] is None else y + a["bias"]), hidden
+    if call.operator == "lora_linear_backward":
+        grad_hidden = scaling * einsum("mn,nr->mr", a["grad_out"], a["lora_b"])
+        low_rank = drop(einsum("mr,rk->mk", grad_hidden, a["lora_a"]))
+        nothing = torch.empty(0, dtype=dtype, device=grad_hidden.device)
+        return (
+            einsum("mn,nk->mk", a["grad_out"], a["weight"]) + low_rank if a["need_x"] else nothing,
+            einsum("mr,mk->rk", grad_hidden, drop(a["x"])) if a["need_a"] else nothing,
+            scaling * einsum("mn,mr->nr", a["grad_out"], a["hidden"]) if a["need_b"] else nothing,
         )
     low_rank = drop(scaling * einsum("mr,rc->mc", a["hidden"], a["factor"]))
     if call.operator == "lora_accumulate_":

@@ -16,7 +16,7 @@ from peft_kernels import backends
 
 GPU = pytest.mark.gpu
 
-LAYER_OPERATORS = ("lora_shrink", "lora_matmul", "lora_factor_grad", "lora_grad_b")
+LAYER_OPERATORS = ("lora_linear_forward", "lora_linear_backward")
 """What `lora_linear` calls; a backend serves the layer when it serves all of them."""
 
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft_kernels import backends
 
 from ..support.accuracy import assert_accurate, assert_same_bits
 from ..support.layouts import laid_out
-from ..support.operators import DROPPING, OPERATORS, formula, random_call, result_dtypes
+from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, formula, random_call, result_dtypes
 
 EACH = pytest.mark.parametrize("operator", OPERATORS)
 LAUNCHERS = {**lora.LAUNCHERS, "lora_matmul": lora.fused_matmul}
@@ -80,7 +81,7 @@ def test_strides(operator, place, dtype, layout):
 
 @EACH
 def test_expanded_gradients(operator, place, dtype):
-    name = {"lora_grad_b": "grad_out", "lora_accumulate_": "hidden"}.get(operator, "x")
+    name = "hidden" if operator == "lora_accumulate_" else ACTIVATIONS[operator]
     call = random_call(operator, rows=9, columns=20, out_columns=20, dtype=dtype, device=place.device)
     tensor = call.arguments[name]
     check(call.map(lambda t: t, **{name: tensor[:1, :1].expand_as(tensor)}), dtype)
@@ -95,6 +96,14 @@ def test_factors_of_their_own_dtype(operator, place, dtype, factor_dtype, transp
         dropout_p=dropout_of(operator), transposed=transposed, bias=not transposed, device=place.device,
     )  # fmt: skip
     check(call, dtype)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_the_gradients_that_are_needed_are_made(needs, place, dtype):
+    call = random_call("lora_linear_backward", dtype=dtype, dropout_p=0.25, needs=needs, device=place.device)
+    check(call, dtype)
+    if not call.arguments["need_a"]:
+        check(call.map(lambda tensor: tensor, x=None), dtype)
 
 
 @EACH

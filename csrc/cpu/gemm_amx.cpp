@@ -1,0 +1,452 @@
+// The product of gemm_amx.h on processors with matrix tiles.
+//
+// bfloat16 operands go to the tiles as they are. float32 operands are split into three bfloat16 terms each, exactly,
+// and the six products of terms that matter at 24 bits are summed: what is left out is below 2^-25 of |x| |matrix|,
+// less than float sums round away, and 6 tile instructions are still 2.7 times faster than 16 of AVX-512.
+//
+// Two by two tiles of sums take all of a depth chunk before they leave the registers. The right operand of such a chunk
+// (a panel of 32 columns) is laid out once and stays in the L1 cache; the left one is read from L2, as whole tiles one
+// after the other. The product of rank r is a few steps of depth more, on terms of hidden and factor.
+//
+// An infinite operand makes its results infinite or NaN, a subnormal one counts as zero, as tile instructions have it.
+#include "gemm_amx.h"
+#include "amx_tiles.h"
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kBlockSums = 4 * kTile * kTile;  // floats of two by two tiles: [row tile][column tile][16][16]
+constexpr int64_t kAhead = 256;  // bytes; rows of the right operand are fetched that far ahead by hand
+
+constexpr int64_t kDepthChunk = 320;  // a panel of it: 20 KiB in bfloat16, 60 KiB in three terms
+
+struct Bf16 {
+  using Number = uint16_t;
+  static constexpr int kTerms = 1;
+  // Panels that share a chunk of the left operand before the next one is read.
+  static constexpr int64_t kPanelGroup = 1;
+  // Left and right terms of the steps that sum hidden factor, 16 ranks twice per step.
+  static constexpr int kSideSteps = 2;
+};
+
+struct F32 {
+  using Number = float;
+  static constexpr int kTerms = 3;
+  static constexpr int64_t kPanelGroup = 8;
+  static constexpr int kSideSteps = 3;
+};
+
+// A step multiplies [l0 | l1] with [r0 ; r1]: together all pairs of terms (a, b) with a + b below the number of steps.
+struct SideStep {
+  int left[2], right[2];
+};
+constexpr SideStep kSide[3] = {{{0, 0}, {0, 1}}, {{1, 1}, {0, 1}}, {{0, 2}, {2, 0}}};
+
+template <typename T>
+int64_t depth_blocks(const GemmArguments& a) {
+  return divide_up(a.x.columns, kDepth);
+}
+
+inline int64_t rank_blocks(const GemmArguments& a) { return divide_up(a.factor.rank, kTile); }
+
+// Left tiles of a row block: [depth blocks][terms][2 row tiles], then the side path's [rank blocks][steps][2 row
+// tiles].
+template <typename T>
+int64_t row_block_words(const GemmArguments& a) {
+  return (depth_blocks<T>(a) * T::kTerms + rank_blocks(a) * T::kSideSteps) * 2 * kTileWords;
+}
+
+template <typename T>
+int64_t left_bytes(const GemmArguments& a, int64_t rows) {
+  return divide_up(rows, kGemmRows) * row_block_words<T>(a) * 2;
+}
+
+// --- laying out the left operand ---
+
+// One row of 32 numbers, as its terms.
+inline void lay_out_row(const uint16_t* from, int64_t count, uint16_t* to) {
+  _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first_columns(count), from));
+}
+
+inline void lay_out_row(const float* from, int64_t count, uint16_t* to) {
+  __m512 low[F32::kTerms], high[F32::kTerms];
+  split<F32::kTerms>(load_first(from, count), low);
+  split<F32::kTerms>(load_first(from + 16, count - 16), high);
+  for (int t = 0; t < F32::kTerms; ++t) _mm512_store_si512(to + t * 2 * kTileWords, joined(low[t], high[t]));
+}
+
+template <typename T>
+void lay_out_hidden(const GemmArguments& a, int64_t m, int64_t rows, uint16_t* to) {
+  const int64_t rank = a.hidden.rank;
+  for (int64_t block = 0; block < rank_blocks(a); ++block) {
+    uint16_t* steps = to + block * T::kSideSteps * 2 * kTileWords;
+    for (int64_t i = 0; i < kGemmRows; ++i) {
+      const float* from = static_cast<const float*>(a.hidden.data) + (m + i) * rank + block * kTile;
+      __m512 term[T::kSideSteps];
+      split<T::kSideSteps>(load_first(from, i < rows ? rank - block * kTile : 0), term);
+      for (int step = 0; step < T::kSideSteps; ++step) {
+        const int* left = kSide[step].left;
+        _mm512_store_si512(steps + step * 2 * kTileWords + i * kDepth, joined(term[left[0]], term[left[1]]));
+      }
+    }
+  }
+}
+
+template <typename T>
+void lay_out(const GemmArguments& a, int64_t first, int64_t begin, int64_t end, void* tiles) {
+  using Number = typename T::Number;
+  const int64_t blocks = depth_blocks<T>(a);
+  for (int64_t m = begin; m < end; m += kGemmRows) {
+    const int64_t rows = smaller(kGemmRows, end - m);
+    uint16_t* to = static_cast<uint16_t*>(tiles) + (m - first) / kGemmRows * row_block_words<T>(a);
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t i = 0; i < kGemmRows; ++i) {
+        const Number* from = static_cast<const Number*>(a.x.data) + (m + i) * a.x.row_stride + block * kDepth;
+        _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+        const int64_t count = i < rows ? a.x.columns - block * kDepth : 0;
+        lay_out_row(from, count, to + block * T::kTerms * 2 * kTileWords + i * kDepth);
+      }
+    }
+    lay_out_hidden<T>(a, m, rows, to + blocks * T::kTerms * 2 * kTileWords);
+  }
+}
+
+// --- laying out a panel of the right operand: [depth blocks][terms][2 column tiles] ---
+
+// A block of 32 k by 32 columns. Numbers beyond the matrix are copied to a zeroed block first.
+template <typename Number>
+struct RightBlock {
+  const Number* data;
+  int64_t depth_stride, column_stride;
+};
+
+template <typename Number>
+RightBlock<Number> right_block(const GemmArguments& a, int64_t k, int64_t c, Number* staged) {
+  const Number* from = static_cast<const Number*>(a.matrix) + k * a.depth_stride + c * a.column_stride;
+  const int64_t depth = smaller(kDepth, a.x.columns - k), columns = smaller(kGemmColumns, a.out.columns - c);
+  if (depth == kDepth && columns == kGemmColumns) return {from, a.depth_stride, a.column_stride};
+  std::memset(staged, 0, sizeof(Number) * kDepth * kGemmColumns);
+  if (a.column_stride == 1) {
+    for (int64_t i = 0; i < depth; ++i) {
+      std::memcpy(staged + i * kGemmColumns, from + i * a.depth_stride, sizeof(Number) * columns);
+    }
+    return {staged, kGemmColumns, 1};
+  }
+  for (int64_t i = 0; i < columns; ++i) {
+    std::memcpy(staged + i * kDepth, from + i * a.column_stride, sizeof(Number) * depth);
+  }
+  return {staged, 1, kDepth};
+}
+
+// The contiguous runs of the next block: a matrix walked down in steps of 64 bytes is nothing that the hardware
+// prefetchers follow. Addresses beyond the matrix are harmless, a prefetch never faults.
+template <typename Number>
+inline void fetch_ahead(const RightBlock<Number>& block, bool along_depth) {
+  const int64_t bytes = kDepth * sizeof(Number);
+  for (int64_t i = 0; i < kDepth; ++i) {
+    const char* run =
+        reinterpret_cast<const char*>(block.data + i * (along_depth ? block.column_stride : block.depth_stride));
+    const char* ahead = along_depth ? run + kAhead : run + (kDepth * block.depth_stride) * sizeof(Number);
+    for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+  }
+}
+
+inline void lay_out_block(const RightBlock<uint16_t>& from, uint16_t* to) {
+  if (from.column_stride != 1) {  // columns lie along k: pairs are 32-bit entries, to be transposed
+    transpose_entries(from.data, from.column_stride * 2, to);
+    transpose_entries(from.data + kTile * from.column_stride, from.column_stride * 2, to + kTileWords);
+    return;
+  }
+  for (int64_t p = 0; p < kTile; ++p) {
+    const uint16_t* even = from.data + 2 * p * from.depth_stride;
+    __m512i low, high;
+    pair_words(_mm512_loadu_si512(even), _mm512_loadu_si512(even + from.depth_stride), &low, &high);
+    _mm512_store_si512(to + p * kDepth, low);
+    _mm512_store_si512(to + kTileWords + p * kDepth, high);
+  }
+}
+
+inline void lay_out_block(const RightBlock<float>& from, uint16_t* to) {
+  alignas(64) float rows[kDepth][kTile];  // [k][column]
+  for (int64_t tile = 0; tile < 2; ++tile) {
+    const float* data = from.data + tile * kTile * from.column_stride;
+    const bool transposed = from.column_stride != 1;
+    if (transposed) {
+      transpose_entries(data, from.column_stride * 4, rows);
+      transpose_entries(data + kTile, from.column_stride * 4, rows + kTile);
+    }
+    for (int64_t p = 0; p < kTile; ++p) {
+      const float* even_row = transposed ? rows[2 * p] : data + 2 * p * from.depth_stride;
+      const float* odd_row = transposed ? rows[2 * p + 1] : even_row + from.depth_stride;
+      __m512 even[F32::kTerms], odd[F32::kTerms];
+      split<F32::kTerms>(_mm512_loadu_ps(even_row), even);
+      split<F32::kTerms>(_mm512_loadu_ps(odd_row), odd);
+      for (int t = 0; t < F32::kTerms; ++t) {
+        _mm512_store_si512(to + (t * 2 + tile) * kTileWords + p * kDepth, pairs(even[t], odd[t]));
+      }
+    }
+  }
+}
+
+template <typename T>
+void lay_out_panel(const GemmArguments& a, int64_t k_begin, int64_t k_end, int64_t c, uint16_t* to) {
+  using Number = typename T::Number;
+  alignas(64) Number staged[kDepth * kGemmColumns];
+  for (int64_t k = k_begin; k < k_end; k += kDepth, to += T::kTerms * 2 * kTileWords) {
+    const RightBlock<Number> block = right_block(a, k, c, staged);
+    fetch_ahead(block, a.column_stride != 1);
+    lay_out_block(block, to);
+  }
+}
+
+// The factor's panel: [rank blocks][steps][2 column tiles].
+template <typename T>
+void lay_out_factor(const GemmArguments& a, int64_t c, uint16_t* to) {
+  const Factor& factor = a.factor;
+  const __m512 scale = _mm512_set1_ps(static_cast<float>(factor.scale));
+  alignas(64) float corner[kTile][16];  // [rank][column]
+  for (int64_t block = 0; block < rank_blocks(a); ++block) {
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      const int64_t j = block * kTile, column = c + tile * kTile;
+      load_block<kTile>(
+          static_cast<const float*>(factor.data) + j * factor.rank_stride + column * factor.column_stride,
+          factor.rank_stride, factor.column_stride, factor.rank - j, factor.columns - column, corner);
+      for (int64_t p = 0; p < kTile / 2; ++p) {
+        __m512 even[T::kSideSteps], odd[T::kSideSteps];
+        split<T::kSideSteps>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale), even);
+        split<T::kSideSteps>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), odd);
+        for (int step = 0; step < T::kSideSteps; ++step) {
+          uint16_t* at = to + ((block * T::kSideSteps + step) * 2 + tile) * kTileWords + p * kDepth;
+          for (int half = 0; half < 2; ++half) {
+            const int t = kSide[step].right[half];
+            _mm512_store_si512(at + half * kTileWords / 2, pairs(even[t], odd[t]));
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- the main loop: tiles 0 to 3 are sums [row tile][column tile], 4 and 5 left, 6 and 7 right ---
+
+// Loads stand right before their first use: a tile load takes half the time of a multiplication.
+template <int row>
+inline void multiply_left(const uint16_t* left) {
+  tile_load<4 + row>(left + row * kTileWords, 64);
+  if constexpr (row == 0) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  } else {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// New left tiles meet the right tiles that are there.
+inline void multiply_left(const uint16_t* left) {
+  multiply_left<0>(left);
+  multiply_left<1>(left);
+}
+
+// New right tiles meet the left tiles that are there.
+inline void multiply_right(const uint16_t* right) {
+  tile_load<6>(right, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(2, 5, 6);
+  tile_load<7>(right + kTileWords, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+inline void multiply_both(const uint16_t* left, const uint16_t* right) {
+  tile_load<6>(right, 64);
+  tile_load<4>(left, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  tile_load<7>(right + kTileWords, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  tile_load<5>(left + kTileWords, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+inline void multiply_steps(const uint16_t* left, const uint16_t* right, int64_t steps) {
+  for (int64_t step = 0; step < steps; ++step, left += 2 * kTileWords, right += 2 * kTileWords) {
+    multiply_both(left, right);
+  }
+}
+
+inline void multiply_depth(const uint16_t* left, const uint16_t* right, int64_t blocks, Bf16) {
+  multiply_steps(left, right, blocks);
+}
+
+// The pairs of terms (left, right) whose numbers add up to two at most, small products first.
+inline void multiply_depth(const uint16_t* left, const uint16_t* right, int64_t blocks, F32) {
+  constexpr int64_t kTerm = 2 * kTileWords;
+  for (int64_t block = 0; block < blocks; ++block, left += 3 * kTerm, right += 3 * kTerm) {
+    multiply_both(left, right + 2 * kTerm);
+    multiply_right(right + kTerm);
+    multiply_left(left + kTerm);
+    multiply_right(right);
+    multiply_left(left + 2 * kTerm);
+    multiply_left(left);
+  }
+}
+
+// Zeroes dropped elements of a block of sums in memory: columns from c on, a multiple of 32.
+inline void drop(const GemmArguments& a, int64_t m, int64_t rows, int64_t c, float* sums) {
+  const int64_t words = divide_up(a.out.columns, 64);
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint64_t keep = a.keep[(m + i) * words + c / 64] >> (c % 64);
+    float* low = sums + i / kTile * 2 * kTile * kTile + i % kTile * kTile;
+    float* high = low + kTile * kTile;
+    _mm512_store_ps(low, _mm512_maskz_load_ps(static_cast<__mmask16>(keep), low));
+    _mm512_store_ps(high, _mm512_maskz_load_ps(static_cast<__mmask16>(keep >> 16), high));
+  }
+}
+
+// --- storing a finished block ---
+
+struct Finished {
+  int64_t m = 0, rows = 0, c = 0;
+  const float* sums = nullptr;
+};
+
+inline void store_row(uint16_t* out, const uint16_t* bias, __m512 low, __m512 high, int64_t columns) {
+  const __mmask32 valid = first_columns(columns);
+  if (bias != nullptr) {
+    const __m512i added = _mm512_maskz_loadu_epi16(valid, bias);
+    low = _mm512_add_ps(low, bf16_low(added));
+    high = _mm512_add_ps(high, bf16_high(added));
+  }
+  _mm512_mask_storeu_epi16(out, valid, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+inline void store_row(float* out, const float* bias, __m512 low, __m512 high, int64_t columns) {
+  if (bias != nullptr) {
+    low = _mm512_add_ps(low, load_first(bias, columns));
+    high = _mm512_add_ps(high, load_first(bias + 16, columns - 16));
+  }
+  _mm512_mask_storeu_ps(out, first_floats(columns), low);
+  _mm512_mask_storeu_ps(out + 16, first_floats(columns - 16), high);
+}
+
+// The lines that the block will be stored to, while it is being computed.
+template <typename T>
+inline void fetch_output(const GemmArguments& a, int64_t m, int64_t rows, int64_t c) {
+  using Number = typename T::Number;
+  const Number* out = static_cast<const Number*>(a.out.data) + m * a.out.row_stride + c;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t at = 0; at < kGemmColumns; at += 64 / static_cast<int64_t>(sizeof(Number))) {
+      __builtin_prefetch(out + i * a.out.row_stride + at, 1);
+    }
+  }
+}
+
+template <typename T>
+void store_block(const GemmArguments& a, const Finished& block) {
+  using Number = typename T::Number;
+  const Number* bias = a.bias == nullptr ? nullptr : static_cast<const Number*>(a.bias) + block.c;
+  Number* out = static_cast<Number*>(a.out.data) + block.m * a.out.row_stride + block.c;
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const float* low = block.sums + i / kTile * 2 * kTile * kTile + i % kTile * kTile;
+    store_row(
+        out + i * a.out.row_stride, bias, _mm512_load_ps(low), _mm512_load_ps(low + kTile * kTile),
+        a.out.columns - block.c);
+  }
+}
+
+// --- the product ---
+
+// A thread's workspace: one panel of the right operand, the factor's panel, and unfinished sums of a group of panels.
+template <typename T>
+struct Workspace {
+  int64_t depth_chunk;  // the depth cut evenly
+  uint16_t* panel;
+  uint16_t* factor;
+  float* sums;
+  int64_t bytes;
+
+  Workspace(const GemmArguments& a, int64_t rows, void* memory) {
+    const int64_t blocks = larger(1, depth_blocks<T>(a)), chunks = divide_up(blocks * kDepth, kDepthChunk);
+    depth_chunk = divide_up(blocks, chunks) * kDepth;
+    const int64_t panel_words = depth_chunk / kDepth * T::kTerms * 2 * kTileWords;
+    const int64_t factor_words = rank_blocks(a) * T::kSideSteps * 2 * kTileWords;
+    const int64_t sums_count = chunks > 1 ? T::kPanelGroup * divide_up(rows, kGemmRows) * kBlockSums : 0;
+    panel = static_cast<uint16_t*>(memory);
+    factor = panel + panel_words;
+    sums = reinterpret_cast<float*>(factor + factor_words);
+    bytes = (panel_words + factor_words) * 2 + sums_count * 4;
+  }
+};
+
+template <typename T>
+int64_t workspace_bytes(const GemmArguments& a, int64_t rows) {
+  return Workspace<T>(a, rows, nullptr).bytes;
+}
+
+template <typename T>
+void multiply(
+    const GemmArguments& a, int64_t first, int64_t last, int64_t begin, int64_t end, const void* tiles, void* memory) {
+  const TileScope scope;
+  const Workspace<T> workspace(a, last - first, memory);
+  const int64_t depth = depth_blocks<T>(a) * kDepth, row_words = row_block_words<T>(a);
+  const int64_t side_offset = depth_blocks<T>(a) * T::kTerms * 2 * kTileWords;
+  const int64_t panel_sums = divide_up(last - first, kGemmRows) * kBlockSums;
+  const uint16_t* left = static_cast<const uint16_t*>(tiles);
+  // Loads from a tile store must wait for it, so a block is read back after the next one has been multiplied.
+  alignas(64) float stores[2][kBlockSums];
+  Finished finished;
+  int turn = 0;
+  for (int64_t group = begin; group < end; group += T::kPanelGroup * kGemmColumns) {
+    const int64_t group_end = smaller(end, group + T::kPanelGroup * kGemmColumns);
+    // Without depth there is one round all the same: the product of rank r and the bias are left.
+    for (int64_t k = 0; k == 0 || k < depth; k += workspace.depth_chunk) {
+      const int64_t k_end = smaller(depth, k + workspace.depth_chunk);
+      for (int64_t c = group; c < group_end; c += kGemmColumns) {
+        lay_out_panel<T>(a, k, k_end, c, workspace.panel);
+        if (k == 0) lay_out_factor<T>(a, c, workspace.factor);
+        float* unfinished = workspace.sums + (c - group) / kGemmColumns * panel_sums;
+        for (int64_t m = first; m < last; m += kGemmRows, unfinished += kBlockSums) {
+          const uint16_t* row_tiles = left + (m - first) / kGemmRows * row_words;
+          const int64_t rows = smaller(kGemmRows, last - m);
+          if (k_end == depth) fetch_output<T>(a, m, rows, c);
+          if (k == 0) {
+            zero_sums();
+            multiply_steps(row_tiles + side_offset, workspace.factor, rank_blocks(a) * T::kSideSteps);
+            if (a.keep != nullptr) {
+              alignas(64) float sums[kBlockSums];
+              store_sums(sums, kTile * kTile, kTile);
+              drop(a, m, rows, c, sums);
+              load_sums(sums, kTile * kTile, kTile);
+            }
+          } else {
+            load_sums(unfinished, kTile * kTile, kTile);
+          }
+          multiply_depth(
+              row_tiles + k / kDepth * T::kTerms * 2 * kTileWords, workspace.panel, (k_end - k) / kDepth, T());
+          if (k_end < depth) {
+            store_sums(unfinished, kTile * kTile, kTile);
+            continue;
+          }
+          store_sums(stores[turn], kTile * kTile, kTile);
+          store_block<T>(a, finished);
+          finished = {m, rows, c, stores[turn]};
+          turn ^= 1;
+        }
+      }
+    }
+  }
+  store_block<T>(a, finished);
+}
+
+template <typename T>
+constexpr GemmKernel kernel() {
+  return {left_bytes<T>, workspace_bytes<T>, lay_out<T>, multiply<T>};
+}
+
+}  // namespace
+
+const GemmKernel gemm_amx_bf16 = kernel<Bf16>();
+const GemmKernel gemm_amx_f32 = kernel<F32>();
+
+}  // namespace peft_kernels
