@@ -311,24 +311,46 @@ struct Finished {
   const float* sums = nullptr;
 };
 
-inline void store_row(uint16_t* out, const uint16_t* bias, __m512 low, __m512 high, int64_t columns) {
-  const __mmask32 valid = first_columns(columns);
-  if (bias != nullptr) {
-    const __m512i added = _mm512_maskz_loadu_epi16(valid, bias);
-    low = _mm512_add_ps(low, bf16_low(added));
-    high = _mm512_add_ps(high, bf16_high(added));
-  }
-  _mm512_mask_storeu_epi16(out, valid, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
+// Rows of 32 numbers of one type, the first `columns` of which exist.
+template <typename Number>
+class RowStore;
 
-inline void store_row(float* out, const float* bias, __m512 low, __m512 high, int64_t columns) {
-  if (bias != nullptr) {
-    low = _mm512_add_ps(low, load_first(bias, columns));
-    high = _mm512_add_ps(high, load_first(bias + 16, columns - 16));
+template <>
+class RowStore<uint16_t> {
+ public:
+  RowStore(const uint16_t* bias, int64_t columns) : valid_(first_columns(columns)) {
+    if (bias == nullptr) return;
+    const __m512i added = _mm512_maskz_loadu_epi16(valid_, bias);
+    low_bias_ = bf16_low(added);
+    high_bias_ = bf16_high(added);
   }
-  _mm512_mask_storeu_ps(out, first_floats(columns), low);
-  _mm512_mask_storeu_ps(out + 16, first_floats(columns - 16), high);
-}
+  void store(uint16_t* out, __m512 low, __m512 high) const {
+    const __m512bh row = _mm512_cvtne2ps_pbh(_mm512_add_ps(high, high_bias_), _mm512_add_ps(low, low_bias_));
+    _mm512_mask_storeu_epi16(out, valid_, (__m512i)row);
+  }
+
+ private:
+  __mmask32 valid_;
+  __m512 low_bias_ = _mm512_setzero_ps(), high_bias_ = _mm512_setzero_ps();
+};
+
+template <>
+class RowStore<float> {
+ public:
+  RowStore(const float* bias, int64_t columns) : low_(first_floats(columns)), high_(first_floats(columns - 16)) {
+    if (bias == nullptr) return;
+    low_bias_ = _mm512_maskz_loadu_ps(low_, bias);
+    high_bias_ = _mm512_maskz_loadu_ps(high_, bias + 16);
+  }
+  void store(float* out, __m512 low, __m512 high) const {
+    _mm512_mask_storeu_ps(out, low_, _mm512_add_ps(low, low_bias_));
+    _mm512_mask_storeu_ps(out + 16, high_, _mm512_add_ps(high, high_bias_));
+  }
+
+ private:
+  __mmask16 low_, high_;
+  __m512 low_bias_ = _mm512_setzero_ps(), high_bias_ = _mm512_setzero_ps();
+};
 
 // The lines that the block will be stored to, while it is being computed.
 template <typename T>
@@ -346,12 +368,14 @@ template <typename T>
 void store_block(const GemmArguments& a, const Finished& block) {
   using Number = typename T::Number;
   const Number* bias = a.bias == nullptr ? nullptr : static_cast<const Number*>(a.bias) + block.c;
+  const RowStore<Number> row(bias, a.out.columns - block.c);
   Number* out = static_cast<Number*>(a.out.data) + block.m * a.out.row_stride + block.c;
-  for (int64_t i = 0; i < block.rows; ++i) {
-    const float* low = block.sums + i / kTile * 2 * kTile * kTile + i % kTile * kTile;
-    store_row(
-        out + i * a.out.row_stride, bias, _mm512_load_ps(low), _mm512_load_ps(low + kTile * kTile),
-        a.out.columns - block.c);
+  const float* sums = block.sums;
+  for (int64_t tile = 0; tile < block.rows; tile += kTile, sums += 2 * kTile * kTile) {
+    const int64_t rows = smaller(kTile, block.rows - tile);
+    for (int64_t i = 0; i < rows; ++i, out += a.out.row_stride) {
+      row.store(out, _mm512_load_ps(sums + i * kTile), _mm512_load_ps(sums + (kTile + i) * kTile));
+    }
   }
 }
 
