@@ -306,11 +306,6 @@ inline void drop(const GemmArguments& a, int64_t m, int64_t rows, int64_t c, flo
 
 // --- storing a finished block ---
 
-struct Finished {
-  int64_t m = 0, rows = 0, c = 0;
-  const float* sums = nullptr;
-};
-
 // Rows of 32 numbers of one type, the first `columns` of which exist.
 template <typename Number>
 class RowStore;
@@ -352,28 +347,14 @@ class RowStore<float> {
   __m512 low_bias_ = _mm512_setzero_ps(), high_bias_ = _mm512_setzero_ps();
 };
 
-// The lines that the block will be stored to, while it is being computed.
 template <typename T>
-inline void fetch_output(const GemmArguments& a, int64_t m, int64_t rows, int64_t c) {
+void store_block(const GemmArguments& a, int64_t m, int64_t rows, int64_t c, const float* sums) {
   using Number = typename T::Number;
-  const Number* out = static_cast<const Number*>(a.out.data) + m * a.out.row_stride + c;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t at = 0; at < kGemmColumns; at += 64 / static_cast<int64_t>(sizeof(Number))) {
-      __builtin_prefetch(out + i * a.out.row_stride + at, 1);
-    }
-  }
-}
-
-template <typename T>
-void store_block(const GemmArguments& a, const Finished& block) {
-  using Number = typename T::Number;
-  const Number* bias = a.bias == nullptr ? nullptr : static_cast<const Number*>(a.bias) + block.c;
-  const RowStore<Number> row(bias, a.out.columns - block.c);
-  Number* out = static_cast<Number*>(a.out.data) + block.m * a.out.row_stride + block.c;
-  const float* sums = block.sums;
-  for (int64_t tile = 0; tile < block.rows; tile += kTile, sums += 2 * kTile * kTile) {
-    const int64_t rows = smaller(kTile, block.rows - tile);
-    for (int64_t i = 0; i < rows; ++i, out += a.out.row_stride) {
+  const Number* bias = a.bias == nullptr ? nullptr : static_cast<const Number*>(a.bias) + c;
+  const RowStore<Number> row(bias, a.out.columns - c);
+  Number* out = static_cast<Number*>(a.out.data) + m * a.out.row_stride + c;
+  for (int64_t tile = 0; tile < rows; tile += kTile, sums += 2 * kTile * kTile) {
+    for (int64_t i = 0; i < smaller(kTile, rows - tile); ++i, out += a.out.row_stride) {
       row.store(out, _mm512_load_ps(sums + i * kTile), _mm512_load_ps(sums + (kTile + i) * kTile));
     }
   }
@@ -417,10 +398,7 @@ void multiply(
   const int64_t side_offset = depth_blocks<T>(a) * T::kTerms * 2 * kTileWords;
   const int64_t panel_sums = divide_up(last - first, kGemmRows) * kBlockSums;
   const uint16_t* left = static_cast<const uint16_t*>(tiles);
-  // Loads from a tile store must wait for it, so a block is read back after the next one has been multiplied.
-  alignas(64) float stores[2][kBlockSums];
-  Finished finished;
-  int turn = 0;
+  alignas(64) float sums[kBlockSums];
   for (int64_t group = begin; group < end; group += T::kPanelGroup * kGemmColumns) {
     const int64_t group_end = smaller(end, group + T::kPanelGroup * kGemmColumns);
     // Without depth there is one round all the same: the product of rank r and the bias are left.
@@ -433,12 +411,10 @@ void multiply(
         for (int64_t m = first; m < last; m += kGemmRows, unfinished += kBlockSums) {
           const uint16_t* row_tiles = left + (m - first) / kGemmRows * row_words;
           const int64_t rows = smaller(kGemmRows, last - m);
-          if (k_end == depth) fetch_output<T>(a, m, rows, c);
           if (k == 0) {
             zero_sums();
             multiply_steps(row_tiles + side_offset, workspace.factor, rank_blocks(a) * T::kSideSteps);
             if (a.keep != nullptr) {
-              alignas(64) float sums[kBlockSums];
               store_sums(sums, kTile * kTile, kTile);
               drop(a, m, rows, c, sums);
               load_sums(sums, kTile * kTile, kTile);
@@ -452,15 +428,12 @@ void multiply(
             store_sums(unfinished, kTile * kTile, kTile);
             continue;
           }
-          store_sums(stores[turn], kTile * kTile, kTile);
-          store_block<T>(a, finished);
-          finished = {m, rows, c, stores[turn]};
-          turn ^= 1;
+          store_sums(sums, kTile * kTile, kTile);
+          store_block<T>(a, m, rows, c, sums);
         }
       }
     }
   }
-  store_block<T>(a, finished);
 }
 
 template <typename T>

@@ -172,10 +172,12 @@ void tiled_matmul(const GemmKernel& kernel, const GemmArguments& arguments) {
     parallel_units(last - first, kGemmRows, depth, [&](int64_t begin, int64_t end) {
       kernel.lay_out(arguments, first, first + begin, first + end, tiles.get());
     });
-    // Whole panels, as long as they go round; each part of the rows lays a panel out again.
+    // A thread finds the rows it has laid out in its own cache, so rows are split first, into as many parts as repay
+    // laying out a panel of the matrix again.
+    constexpr int64_t kPartRows = 256;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t part = round_up(divide_up(last - first, divide_up(threads, panels)), kGemmRows);
-    const int64_t parts = divide_up(last - first, part);
+    const int64_t wanted = std::clamp<int64_t>((last - first) / kPartRows, 1, threads);
+    const int64_t part = round_up(divide_up(last - first, wanted), kGemmRows), parts = divide_up(last - first, part);
     parallel_units(parts * panels, 1, part * kGemmColumns * depth, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t of_part = std::min(end, (begin / panels + 1) * panels) - begin, panel = begin % panels;
