@@ -86,10 +86,6 @@ inline LeftTiles left_tiles(
   return left;
 }
 
-inline void keep_rows(const Dropout& dropout, int64_t m, int64_t rows, int64_t column, uint64_t* keep) {
-  for (int64_t i = 0; i < rows; ++i) keep[i] = keep_word(dropout, m + i, column);
-}
-
 // sums (four 16 x 16 float tiles) += left tiles times the three terms of one right tile.
 inline void multiply_terms(const LeftTiles& left, const uint16_t* right, int64_t row_tiles) {
   tile_load<5>(right, 64);

@@ -229,7 +229,7 @@ inline void accumulate_rows(
   T* to = static_cast<T*>(out.data) + row * out.row_stride;
   uint64_t keep[I];
   for (int64_t c = 0; c < out.columns; c += kPanel) {
-    for (int i = 0; i < I && dropout.active; ++i) keep[i] = keep_word(dropout, row + i, c);
+    if (dropout.active) keep_rows(dropout, row, I, c, keep);
     const acc* panel = packed + c * rank;
     for (int64_t tile = 0; tile < kPanel && c + tile < out.columns; tile += width) {
       accumulate_tile<I>(
@@ -328,8 +328,14 @@ void dropout_mask(bool* keep, int64_t columns, int64_t begin, int64_t end, const
 
 void keep_words(uint64_t* keep, int64_t columns, int64_t begin, int64_t end, const Dropout& dropout) {
   const int64_t words = divide_up(columns, kDrawBatch);
-  for (int64_t m = begin; m < end; ++m) {
-    for (int64_t word = 0; word < words; ++word) keep[m * words + word] = keep_word(dropout, m, word * kDrawBatch);
+  constexpr int64_t kRows = 8;
+  for (int64_t m = begin; m < end; m += kRows) {
+    const int64_t rows = smaller(kRows, end - m);
+    for (int64_t word = 0; word < words; ++word) {
+      uint64_t column[kRows];
+      keep_rows(dropout, m, rows, word * kDrawBatch, column);
+      for (int64_t i = 0; i < rows; ++i) keep[(m + i) * words + word] = column[i];
+    }
   }
 }
 

@@ -199,45 +199,63 @@ inline Vector<acc> keep_lanes(Vector<acc> value, uint64_t bits) {
   return (Vector<acc>)((Mask)value & kept);
 }
 
-// --- Philox, eight groups (64 draws) at a time ---
+// --- the dropout mask: words whose bit i is set where element i of 64, eight Philox groups, is kept ---
 
 constexpr int kDrawBatch = 8 * kPhiloxGroup;
 
 #if defined(__AVX512F__)
 
-// A 64-bit lane carries one group's counter word in its low half; the high half is garbage that vpmuludq ignores.
-inline void philox_batch(RngState state, uint32_t first_group, uint32_t row, uint16_t* draws) {
+// The words of kRows rows, side by side: one alone would wait for its own rounds. A 64-bit lane carries one group's
+// counter word in its low half; the high half is garbage that vpmuludq ignores.
+template <int kRows>
+inline void philox_words(RngState state, uint32_t first_group, uint32_t row, uint32_t threshold, uint64_t* keep) {
   const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
   const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
   const uint64_t seed = static_cast<uint64_t>(state.seed);
   const uint64_t offset = static_cast<uint64_t>(state.offset);
-  // Groups lie in the lanes in the order 0, 4, 1, 5, ...: the unpacks below then store them consecutively.
+  // Groups lie in the lanes in the order 0, 4, 1, 5, ...: the unpacks below then yield them consecutively.
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(first_group), order);
-  __m512i c1 = _mm512_set1_epi64(row);
-  __m512i c2 = _mm512_set1_epi64(static_cast<int64_t>(offset));
-  __m512i c3 = _mm512_set1_epi64(static_cast<int64_t>(offset >> 32));
+  __m512i c0[kRows], c1[kRows], c2[kRows], c3[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    c0[i] = _mm512_add_epi64(_mm512_set1_epi64(first_group), order);
+    c1[i] = _mm512_set1_epi64(row + static_cast<uint32_t>(i));
+    c2[i] = _mm512_set1_epi64(static_cast<int64_t>(offset));
+    c3[i] = _mm512_set1_epi64(static_cast<int64_t>(offset >> 32));
+  }
   uint32_t k0 = static_cast<uint32_t>(seed);
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
   constexpr int kXorAll = 0x96;  // truth table of a ^ b ^ c
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const __m512i product0 = _mm512_mul_epu32(c0, multiplier0);
-    const __m512i product1 = _mm512_mul_epu32(c2, multiplier1);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1, _mm512_set1_epi64(k0), kXorAll);
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3, _mm512_set1_epi64(k1), kXorAll);
-    c1 = product1;
-    c3 = product0;
+    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i product0 = _mm512_mul_epu32(c0[i], multiplier0);
+      const __m512i product1 = _mm512_mul_epu32(c2[i], multiplier1);
+      // A shuffle brings the high halves down: shifts would compete with the multiplications for a port.
+      c0[i] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(product1, _MM_PERM_DDBB), c1[i], key0, kXorAll);
+      c2[i] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(product0, _MM_PERM_DDBB), c3[i], key1, kXorAll);
+      c1[i] = product1;
+      c3[i] = product0;
+    }
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
   constexpr __mmask16 kHighHalves = 0xAAAA;
-  const __m512i words01 = _mm512_mask_mov_epi32(c0, kHighHalves, _mm512_slli_epi64(c1, 32));
-  const __m512i words23 = _mm512_mask_mov_epi32(c2, kHighHalves, _mm512_slli_epi64(c3, 32));
-  _mm512_storeu_si512(draws, _mm512_unpacklo_epi64(words01, words23));
-  _mm512_storeu_si512(draws + 32, _mm512_unpackhi_epi64(words01, words23));
+  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i words01 = _mm512_mask_mov_epi32(c0[i], kHighHalves, _mm512_slli_epi64(c1[i], 32));
+    const __m512i words23 = _mm512_mask_mov_epi32(c2[i], kHighHalves, _mm512_slli_epi64(c3[i], 32));
+    const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(words01, words23), limit);
+    const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(words01, words23), limit);
+    keep[i] = low | high << 32;
+  }
 }
 
-#elif defined(__AVX2__)
+#else
+
+#if defined(__AVX2__)
 
 inline void philox_quad(RngState state, uint32_t first_group, uint32_t row, uint16_t* draws) {
   const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
@@ -285,34 +303,44 @@ inline void philox_batch(RngState state, uint32_t first_group, uint32_t row, uin
 
 #endif
 
-// --- the mask as words: bit i is set where element i of a batch is kept ---
-
-#if defined(__AVX512F__)
-
-inline uint64_t keep_bits(const uint16_t* draws, uint32_t threshold) {
-  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
-  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(draws), limit);
-  const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(draws + 32), limit);
-  return low | high << 32;
-}
-
-#else
-
-inline uint64_t keep_bits(const uint16_t* draws, uint32_t threshold) {
-  uint64_t bits = 0;
-  for (int i = 0; i < kDrawBatch; ++i) bits |= static_cast<uint64_t>(draws[i] >= threshold) << i;
-  return bits;
+template <int kRows>
+inline void philox_words(RngState state, uint32_t first_group, uint32_t row, uint32_t threshold, uint64_t* keep) {
+  for (uint32_t i = 0; i < kRows; ++i) {
+    uint16_t draws[kDrawBatch];
+    philox_batch(state, first_group, row + i, draws);
+    uint64_t bits = 0;
+    for (int lane = 0; lane < kDrawBatch; ++lane) bits |= static_cast<uint64_t>(draws[lane] >= threshold) << lane;
+    keep[i] = bits;
+  }
 }
 
 #endif
 
-// Elements [column, column + 64) of a row, column a multiple of 64.
+// Elements [column, column + 64) of rows [row, row + rows), column a multiple of 64.
+inline void keep_rows(const Dropout& dropout, int64_t row, int64_t rows, int64_t column, uint64_t* keep) {
+  if (dropout.keep != nullptr) {
+    const uint64_t* drawn = dropout.keep + row * dropout.keep_stride + column / kDrawBatch;
+    for (int64_t i = 0; i < rows; ++i) keep[i] = drawn[i * dropout.keep_stride];
+    return;
+  }
+  if (dropout.threshold > 0xFFFF) {  // does not fit the comparison of 16-bit numbers
+    std::memset(keep, 0, sizeof(uint64_t) * static_cast<size_t>(rows));
+    return;
+  }
+  const uint32_t group = static_cast<uint32_t>(column / kPhiloxGroup), first = static_cast<uint32_t>(row);
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    philox_words<4>(dropout.state, group, first + static_cast<uint32_t>(i), dropout.threshold, keep + i);
+  }
+  for (; i < rows; ++i) {
+    philox_words<1>(dropout.state, group, first + static_cast<uint32_t>(i), dropout.threshold, keep + i);
+  }
+}
+
 inline uint64_t keep_word(const Dropout& dropout, int64_t row, int64_t column) {
-  if (dropout.keep != nullptr) return dropout.keep[row * dropout.keep_stride + column / kDrawBatch];
-  if (dropout.threshold > 0xFFFF) return 0;  // does not fit the comparison of 16-bit numbers
-  alignas(64) uint16_t draws[kDrawBatch];
-  philox_batch(dropout.state, static_cast<uint32_t>(column / kPhiloxGroup), static_cast<uint32_t>(row), draws);
-  return keep_bits(draws, dropout.threshold);
+  uint64_t keep;
+  keep_rows(dropout, row, 1, column, &keep);
+  return keep;
 }
 
 }  // namespace
