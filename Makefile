@@ -34,7 +34,7 @@ unit:
 
 # Triton reads its interpreter mode at import, so these tests have a process of their own.
 interpreted:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton tests/lora/test_bad_input.py
 
 # An up-to-date build takes seconds: ninja compiles only what changed.
 build: $(VENV)/.installed

@@ -8,10 +8,13 @@ merging of weights). Everything is summed in float32.
 Tiles follow from dtype, shape and the card's shared memory, never from measurements at run time, so that the same
 call gives the same bits on every run; sums that are cut over programs are finished by a second kernel in a fixed
 order, never by atomics. A new sequence length compiles nothing new unless it crosses one of the bounds below.
+
+The functions trust their arguments and call each other; what users' calls reach is `LAUNCHERS`, which checks first.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import common, lora_kernels
+from .checks import CHECKS
 from .common import Dropout, ceil_div, even_chunks, padded
 
 # Warps to split a sum over: 16 on each of the 132 multiprocessors of an H100, enough loads in flight for its memory.
@@ -278,8 +282,6 @@ def lora_linear_backward(
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `peft_kernels.reference.lora.lora_linear_backward`."""
-    if x is None and need_a:
-        raise ValueError("lora_linear_backward: x must be given for the gradient of lora_a, got None")
     dx, grad_a, grad_b = grad_out.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if not (need_x or need_a):
         if need_b:
@@ -296,14 +298,22 @@ def lora_linear_backward(
     return dx, grad_a, grad_b
 
 
+def _checked(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    check = CHECKS[launcher.__name__]
+
+    @functools.wraps(launcher)
+    def call(*arguments: Any) -> Any:
+        check(*arguments)
+        return launcher(*arguments)
+
+    return call
+
+
 LAUNCHERS: dict[str, Callable[..., Any]] = {
-    "dropout_mask": dropout_mask,
-    "lora_shrink": lora_shrink,
-    "lora_accumulate_": lora_accumulate_,
-    "lora_matmul": lora_matmul,
-    "lora_factor_grad": lora_factor_grad,
-    "lora_grad_b": lora_grad_b,
-    "lora_linear_forward": lora_linear_forward,
-    "lora_linear_backward": lora_linear_backward,
-}
-"""Operator name to launcher; each takes exactly the operator's arguments."""
+    launcher.__name__: _checked(launcher)
+    for launcher in (
+        dropout_mask, lora_shrink, lora_accumulate_, lora_matmul, lora_factor_grad, lora_grad_b, lora_linear_forward,
+        lora_linear_backward,
+    )
+}  # fmt: skip
+"""Operator name to launcher; each takes exactly the operator's arguments, positionally, and checks them first."""

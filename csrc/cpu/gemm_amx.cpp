@@ -151,6 +151,30 @@ inline void fetch_ahead(const RightBlock<Number>& block, bool along_depth) {
   }
 }
 
+// A panel of 32 columns from c on, at depths [k_begin, k_end).
+struct Panel {
+  int64_t k_begin, k_end, c;
+};
+
+// Brings one of `parts` parts of a panel into L2, while another one is being multiplied.
+template <typename T>
+inline void fetch_panel(const GemmArguments& a, const Panel& panel, int64_t part, int64_t parts) {
+  using Number = typename T::Number;
+  const bool along_depth = a.column_stride != 1;
+  const int64_t depth = smaller(panel.k_end, a.x.columns) - panel.k_begin;
+  const int64_t columns = smaller(kGemmColumns, a.out.columns - panel.c);
+  const int64_t runs = along_depth ? columns : depth, length = along_depth ? depth : columns;
+  const int64_t stride = along_depth ? a.column_stride : a.depth_stride;
+  const Number* data =
+      static_cast<const Number*>(a.matrix) + panel.k_begin * a.depth_stride + panel.c * a.column_stride;
+  for (int64_t run = runs * part / parts; run < runs * (part + 1) / parts; ++run) {
+    const char* from = reinterpret_cast<const char*>(data + run * stride);
+    for (int64_t at = 0; at < length * static_cast<int64_t>(sizeof(Number)); at += 64) {
+      _mm_prefetch(from + at, _MM_HINT_T1);
+    }
+  }
+}
+
 inline void lay_out_block(const RightBlock<uint16_t>& from, uint16_t* to) {
   if (from.column_stride != 1) {  // columns lie along k: pairs are 32-bit entries, to be transposed
     transpose_entries(from.data, from.column_stride * 2, to);
@@ -189,11 +213,11 @@ inline void lay_out_block(const RightBlock<float>& from, uint16_t* to) {
 }
 
 template <typename T>
-void lay_out_panel(const GemmArguments& a, int64_t k_begin, int64_t k_end, int64_t c, uint16_t* to) {
+void lay_out_panel(const GemmArguments& a, const Panel& panel, uint16_t* to) {
   using Number = typename T::Number;
   alignas(64) Number staged[kDepth * kGemmColumns];
-  for (int64_t k = k_begin; k < k_end; k += kDepth, to += T::kTerms * 2 * kTileWords) {
-    const RightBlock<Number> block = right_block(a, k, c, staged);
+  for (int64_t k = panel.k_begin; k < panel.k_end; k += kDepth, to += T::kTerms * 2 * kTileWords) {
+    const RightBlock<Number> block = right_block(a, k, panel.c, staged);
     fetch_ahead(block, a.column_stride != 1);
     lay_out_block(block, to);
   }
@@ -396,7 +420,7 @@ void multiply(
   const Workspace<T> workspace(a, last - first, memory);
   const int64_t depth = depth_blocks<T>(a) * kDepth, row_words = row_block_words<T>(a);
   const int64_t side_offset = depth_blocks<T>(a) * T::kTerms * 2 * kTileWords;
-  const int64_t panel_sums = divide_up(last - first, kGemmRows) * kBlockSums;
+  const int64_t row_blocks = divide_up(last - first, kGemmRows), panel_sums = row_blocks * kBlockSums;
   const uint16_t* left = static_cast<const uint16_t*>(tiles);
   alignas(64) float sums[kBlockSums];
   for (int64_t group = begin; group < end; group += T::kPanelGroup * kGemmColumns) {
@@ -405,12 +429,16 @@ void multiply(
     for (int64_t k = 0; k == 0 || k < depth; k += workspace.depth_chunk) {
       const int64_t k_end = smaller(depth, k + workspace.depth_chunk);
       for (int64_t c = group; c < group_end; c += kGemmColumns) {
-        lay_out_panel<T>(a, k, k_end, c, workspace.panel);
+        lay_out_panel<T>(a, {k, k_end, c}, workspace.panel);
+        const Panel next = c + kGemmColumns < group_end ? Panel{k, k_end, c + kGemmColumns}
+                           : k_end < depth ? Panel{k_end, smaller(depth, k_end + workspace.depth_chunk), group}
+                                           : Panel{0, smaller(depth, workspace.depth_chunk), group_end};
         if (k == 0) lay_out_factor<T>(a, c, workspace.factor);
         float* unfinished = workspace.sums + (c - group) / kGemmColumns * panel_sums;
         for (int64_t m = first; m < last; m += kGemmRows, unfinished += kBlockSums) {
           const uint16_t* row_tiles = left + (m - first) / kGemmRows * row_words;
           const int64_t rows = smaller(kGemmRows, last - m);
+          if (next.c < a.out.columns) fetch_panel<T>(a, next, (m - first) / kGemmRows, row_blocks);
           if (k == 0) {
             zero_sums();
             multiply_steps(row_tiles + side_offset, workspace.factor, rank_blocks(a) * T::kSideSteps);

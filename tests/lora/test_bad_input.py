@@ -267,6 +267,13 @@ def test_raw_operators_say_what_came(namespace, device, operator):
 
 
 @EACH_NAMESPACE
+@pytest.mark.parametrize("strides", [(0, 1), (1, 0), (1, 1), (12, 1), (1, 6)], ids=str)
+def test_an_out_that_overlaps_itself_is_refused(namespace, device, strides):
+    changes = {"out": lambda tensor: torch.ones(7 * 24, device=device).as_strided(tensor.shape, strides)}
+    assert_refused(namespace, device, "lora_accumulate_", changes, "out .*must not overlap itself")
+
+
+@EACH_NAMESPACE
 @pytest.mark.parametrize("state", [name for name in RNG_STATES if name != "missing"])
 def test_dropout_mask_refuses_a_wrong_rng_state(namespace, device, state):
     with pytest.raises(RuntimeError, match="rng_state"):
