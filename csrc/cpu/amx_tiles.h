@@ -26,6 +26,12 @@ inline void tile_load(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(tile) : "memory");
 }
 
+// The intrinsic takes literals only.
+template <int sum, int left, int right>
+inline void tile_multiply() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
+}
+
 // Eight full tiles; released at the end, as other users of the tiles configure their own.
 class TileScope {
  public:

@@ -23,7 +23,6 @@ constexpr int64_t kGradBlocks = 4;  // rank blocks summed at a time in grad
 // Tiles walk 16 or more rows side by side, a pattern that the hardware prefetchers do not follow: rows are fetched
 // ahead by hand. Addresses beyond the matrix are harmless, a prefetch never faults.
 constexpr int64_t kAheadColumns = 128;  // in shrink and accumulate: four cache lines further in the same row
-constexpr int64_t kAheadRows = 16;      // in grad, which walks down a panel
 
 inline void prefetch(const uint16_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
 
@@ -61,17 +60,45 @@ void shrink_pack(const Factor& factor, int64_t begin, int64_t end, void* packed)
   }
 }
 
-// The left tiles of rows [m, m + 64) and columns [k, k + 32): in place where whole, else through `staged`.
-struct LeftTiles {
+// sums (tiles 0 to 3) += left tiles times the terms of one right tile, or the terms of one left tile times right tiles:
+// `kept` are the terms, `moving` the four tiles. One sum is left alone for three products, until its last one is done,
+// and so are the registers of the moving tiles.
+struct MovingTiles {
   const void* tile[4];
   int64_t stride;
 };
 
-inline LeftTiles left_tiles(
+template <int sum, bool moving_left>
+inline void multiply_moving(const MovingTiles& moving) {
+  constexpr int at = 5 + sum % 3;
+  tile_load<at>(moving.tile[sum], moving.stride);
+  if constexpr (moving_left) {
+    tile_multiply<sum, at, 4>();
+  } else {
+    tile_multiply<sum, 4, at>();
+  }
+}
+
+template <bool moving_left>
+inline void multiply_terms(const uint16_t* kept, const MovingTiles& moving, int64_t count) {
+  for (int t = 0; t < kTerms; ++t) {
+    tile_load<4>(kept + t * kTileWords, 64);
+    multiply_moving<0, moving_left>(moving);
+    if (count > 1) multiply_moving<1, moving_left>(moving);
+    if (count > 2) multiply_moving<2, moving_left>(moving);
+    if (count > 3) multiply_moving<3, moving_left>(moving);
+  }
+}
+
+// The left tiles of rows [m, m + 64) and columns [k, k + 32): in place where whole, else through `staged`.
+inline MovingTiles left_tiles(
     const Matrix& x, int64_t m, int64_t rows, int64_t k, const uint64_t* keep, uint16_t* staged) {
   const uint16_t* data = static_cast<const uint16_t*>(x.data) + m * x.row_stride;
-  for (int64_t i = 0; i < rows; ++i) prefetch(data + i * x.row_stride + k + kAheadColumns);
-  LeftTiles left;
+  // At the end of the rows, the beginning of the next ones.
+  const int64_t beyond = k + kAheadColumns - x.columns;
+  const uint16_t* ahead = beyond < 0 ? data + k + kAheadColumns : data + kRowUnit * x.row_stride + beyond;
+  for (int64_t i = 0; i < rows; ++i) prefetch(ahead + i * x.row_stride);
+  MovingTiles left;
   if (keep == nullptr && rows == kRowUnit && k + kDepth <= x.columns) {
     for (int64_t t = 0; t < 4; ++t) left.tile[t] = data + t * kTile * x.row_stride + k;
     left.stride = x.row_stride * 2;
@@ -84,32 +111,6 @@ inline LeftTiles left_tiles(
   for (int64_t t = 0; t < 4; ++t) left.tile[t] = staged + t * kTileWords;
   left.stride = 64;
   return left;
-}
-
-// sums (four 16 x 16 float tiles) += left tiles times the three terms of one right tile.
-inline void multiply_terms(const LeftTiles& left, const uint16_t* right, int64_t row_tiles) {
-  tile_load<5>(right, 64);
-  tile_load<6>(right + kTileWords, 64);
-  tile_load<7>(right + 2 * kTileWords, 64);
-  tile_load<4>(left.tile[0], left.stride);
-  _tile_dpbf16ps(0, 4, 5);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(0, 4, 7);
-  if (row_tiles == 1) return;
-  tile_load<4>(left.tile[1], left.stride);
-  _tile_dpbf16ps(1, 4, 5);
-  _tile_dpbf16ps(1, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  if (row_tiles == 2) return;
-  tile_load<4>(left.tile[2], left.stride);
-  _tile_dpbf16ps(2, 4, 5);
-  _tile_dpbf16ps(2, 4, 6);
-  _tile_dpbf16ps(2, 4, 7);
-  if (row_tiles == 3) return;
-  tile_load<4>(left.tile[3], left.stride);
-  _tile_dpbf16ps(3, 4, 5);
-  _tile_dpbf16ps(3, 4, 6);
-  _tile_dpbf16ps(3, 4, 7);
 }
 
 void shrink(
@@ -128,8 +129,8 @@ void shrink(
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t k = block * kDepth;
         if (dropout.active && k % kPanel == 0) keep_rows(dropout, m, rows, k, keep);
-        const LeftTiles left = left_tiles(x, m, rows, k, dropout.active ? keep : nullptr, staged);
-        multiply_terms(left, right + block * kTerms * kTileWords, divide_up(rows, kTile));
+        const MovingTiles left = left_tiles(x, m, rows, k, dropout.active ? keep : nullptr, staged);
+        multiply_terms<true>(right + block * kTerms * kTileWords, left, divide_up(rows, kTile));
       }
       store_sums(sums, kTile * kTile, kTile);
       float* to = static_cast<float*>(hidden.data) + m * rank + j;
@@ -286,15 +287,18 @@ void grad_pack(const Hidden& hidden, int64_t rows, int64_t begin, int64_t end, v
 }
 
 // Pairs of rows (m, m + 1), entry by entry, for 64 columns: [row blocks of 32][4 column tiles][16 pairs][16 columns].
-void pair_rows(const Matrix& x, int64_t m, int64_t end, int64_t column, const Dropout& dropout, uint16_t* paired) {
+// `next` is where the panel to come begins; its rows are fetched as those of this one are read.
+void pair_rows(
+    const Matrix& x, int64_t m, int64_t end, int64_t column, const Dropout& dropout, const uint16_t* next,
+    uint16_t* paired) {
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
   for (int64_t row = m; row < round_up(end, kDepth); row += 2) {
     uint64_t keep[2] = {kKeepAll, kKeepAll};
-    if (dropout.active) keep_rows(dropout, row, smaller(2, end - row), column, keep);
+    if (dropout.active) keep_rows(dropout, row, smaller(2, larger(0, end - row)), column, keep);
     for (int64_t part = 0; part < kPanel; part += kDepth) {
       __m512i values[2];
       for (int64_t i = 0; i < 2; ++i) {
-        prefetch(data + (row + kAheadRows + i) * x.row_stride + column + part);
+        prefetch(next + (row - m + i) * x.row_stride + part);
         values[i] = row + i < end
                         ? load_activations(data + (row + i) * x.row_stride, column + part, x.columns, keep[i] >> part)
                         : _mm512_setzero_si512();
@@ -313,25 +317,7 @@ inline void multiply_pairs(
     const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t steps, float* sums) {
   load_sums(sums, kTile, kPanel);
   for (int64_t step = 0; step < steps; ++step, left += left_stride, right += 4 * kTileWords) {
-    tile_load<4>(left, 64);
-    tile_load<5>(left + kTileWords, 64);
-    tile_load<6>(left + 2 * kTileWords, 64);
-    tile_load<7>(right, 64);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_dpbf16ps(0, 5, 7);
-    _tile_dpbf16ps(0, 6, 7);
-    tile_load<7>(right + kTileWords, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(1, 5, 7);
-    _tile_dpbf16ps(1, 6, 7);
-    tile_load<7>(right + 2 * kTileWords, 64);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(2, 5, 7);
-    _tile_dpbf16ps(2, 6, 7);
-    tile_load<7>(right + 3 * kTileWords, 64);
-    _tile_dpbf16ps(3, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_dpbf16ps(3, 6, 7);
+    multiply_terms<false>(left, {{right, right + kTileWords, right + 2 * kTileWords, right + 3 * kTileWords}, 64}, 4);
   }
   store_sums(sums, kTile, kPanel);
 }
@@ -341,6 +327,7 @@ void grad(
     const void* packed, void* partial, const Dropout& dropout) {
   const TileScope tiles;
   const int64_t blocks = divide_up(rank, kTile);
+  const uint16_t* data = static_cast<const uint16_t*>(x.data);
   alignas(64) uint16_t paired[kGradRows * kPanel];
   alignas(64) float sums[kGradColumns * kGradBlocks * kTile];  // [panels][rank blocks][16 ranks][64 columns]
   constexpr int64_t kBlockSums = kTile * kPanel, kPanelSums = kGradBlocks * kBlockSums;
@@ -350,7 +337,9 @@ void grad(
     for (int64_t m = begin; m < end; m += kGradRows) {
       const int64_t rows = smaller(kGradRows, end - m);
       for (int64_t c = first_column; c < end_column; c += kPanel) {
-        pair_rows(x, m, m + rows, c, dropout, paired);
+        const bool last_panel = c + kPanel >= end_column;
+        const int64_t next_row = last_panel ? m + kGradRows : m, next_column = last_panel ? first_column : c + kPanel;
+        pair_rows(x, m, m + rows, c, dropout, data + next_row * x.row_stride + next_column, paired);
         for (int64_t block = 0; block < count; ++block) {
           const int64_t at = (m / kDepth * blocks + first + block) * kTerms * kTileWords;
           float* to = sums + (c - first_column) / kPanel * kPanelSums + block * kBlockSums;
