@@ -239,7 +239,8 @@ def write_ninja(
     writer = ninja_syntax.Writer(text, width=120)
     torch_flags = f"-isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}"
     prefix_map = f"-ffile-prefix-map={ROOT}/="  # error messages name sources, not the directory of the build
-    warnings = "-Wall -Wno-unused-function -Wno-uninitialized -Wno-maybe-uninitialized"  # the last two for gcc's own intrinsics
+    # The last two for gcc's own intrinsics.
+    warnings = "-Wall -Wno-unused-function -Wno-uninitialized -Wno-maybe-uninitialized"
     writer.variable("cxxflags", f"-std=c++20 -O3 -fPIC -fvisibility=hidden {prefix_map} {warnings} {torch_flags}")
     writer.rule(
         "cxx",

@@ -16,9 +16,8 @@ namespace peft_kernels {
 namespace {
 
 constexpr int64_t kBlockSums = 4 * kTile * kTile;  // floats of two by two tiles: [row tile][column tile][16][16]
-constexpr int64_t kAhead = 256;  // bytes; rows of the right operand are fetched that far ahead by hand
-
-constexpr int64_t kDepthChunk = 320;  // a panel of it: 20 KiB in bfloat16, 60 KiB in three terms
+constexpr int64_t kDepthChunk = 320;               // a panel of it: 20 KiB in bfloat16, 60 KiB in three terms
+constexpr int64_t kAhead = 256;                    // bytes that rows are fetched ahead, by hand
 
 struct Bf16 {
   using Number = uint16_t;

@@ -1,9 +1,10 @@
-// Casts, packing and threads around the raw kernels of lora_kernels.h, and the library GEMM.
+// Casts, packing and threads around the raw kernels of lora_kernels.h and gemm_amx.h, and the library GEMM.
 //
-// The large product goes to the library GEMM behind torch; everything of rank r is ours. Work is split over rows
-// (shrink, accumulate) or over columns and fixed row chunks (factor gradient), never by thread count, so the bits are
-// the same for any number of threads. Activations of any dtype are read as they are; only the [r, C] factors and
-// [M, r] products are copied, into float.
+// Everything of rank r is ours. The large product is too where gemm_amx.h has a kernel for it, which then carries the
+// low-rank one along; elsewhere it goes to the library GEMM behind torch, and the low-rank one is added to its result.
+// Sums are split over rows or columns by rules that know only the shape, so that our bits are the same for any number
+// of threads. Activations of any dtype are read as they are; only the [r, C] factors and [M, r] products are copied,
+// into float, and the rows that the large product is working on, into tiles.
 #include "lora_products.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -100,6 +100,8 @@ void check_accumulate(
       operation, ": factor must be float32, bfloat16 or float16 [", hidden.size(1), ", ", out.size(1),
       "] on out's device, got ", described(factor), " with out ", described(out));
   check_dropout_p(operation, dropout_p);
+  STD_TORCH_CHECK(
+      dropout_p == 0.0 || rng_state.has_value(), operation, ": rng_state is needed when dropout_p > 0, got None");
   if (!rng_state.has_value()) return;
   check_rng_state(operation, *rng_state);
   check_mask_rows(operation, out.size(0));

@@ -307,8 +307,8 @@ def lora_linear(
     Inside `torch.func` transforms (`grad`, `vmap`, `jvp`) the reference runs, which they can take apart.
 
     Saved for backward: x (only while lora_a or weight trains) and `[M, r]` float32. The dropout mask is regenerated
-    from 16 bytes. Same inputs and seed, same bits from run to run; what is of rank r also for any number of threads,
-    while the product with weight is the library's and depends on it where torch's own does.
+    from 16 bytes. Same inputs and seed, same bits from run to run; what our kernels compute also for any number of
+    threads, while a product with weight that is the library's depends on it where torch's own does.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is off; nothing has run.

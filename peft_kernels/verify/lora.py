@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reference import lora as reference
 from ..reference.lora import accumulation_dtype
 from .case import Case
 
@@ -115,7 +117,39 @@ _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[object, ...]]] = {
     "lora_linear_forward": _linear_forward,
     "lora_linear_backward": _linear_backward,
 }
+
+
+# Two products in a row: plain PyTorch holds the matrix between them in the activations' dtype, and so may a kernel.
+def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *rest: Any) -> Any:
+    scaling, *dropout = rest
+    hidden = _rounded(reference.lora_shrink(x, lora_a, 1.0, *dropout), x.dtype)
+    return reference.lora_matmul(x, weight.t(), bias, hidden, lora_b.t(), scaling, 0.0, None), hidden
+
+
+def _plain_backward(
+    grad_out: Tensor, x: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, *rest: Any
+) -> Any:
+    scaling, dropout_p, rng_state, need_x, need_a, need_b = rest
+    dx, grad_a, grad_b = grad_out.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    grad_hidden = _rounded(reference.lora_shrink(grad_out, lora_b.t(), scaling, 0.0, None), grad_out.dtype)
+    if need_x:
+        dx = reference.lora_matmul(grad_out, weight, None, grad_hidden, lora_a, 1.0, dropout_p, rng_state)
+    if x is not None and need_a:
+        grad_a = reference.lora_factor_grad(x, grad_hidden, 1.0, dropout_p, rng_state, lora_a.dtype, False)
+    if need_b:
+        grad_b = reference.lora_factor_grad(grad_out, hidden, scaling, 0.0, None, lora_b.dtype, True)
+    return dx, grad_a, grad_b
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).to(tensor.dtype)
+
+
 _MUTATED = {"lora_accumulate_": 0}
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "lora_linear_forward": _plain_forward,
+    "lora_linear_backward": _plain_backward,
+}
 _WITHOUT_DROPOUT = ("lora_grad_b",)
 
 OPERATORS = tuple(_ARGUMENTS)
@@ -132,4 +166,4 @@ def cases(operator: str, dtype: torch.dtype) -> Iterator[Case]:
                 inputs = _Inputs(rows, columns, out_columns, rank, dtype, factor_dtype, dropout_p, generator)
                 factors = str(factor_dtype).removeprefix("torch.")
                 name = f"M={rows} K={columns} N={out_columns} r={rank} p={dropout_p:g} factors {factors}"
-                yield Case(name, _ARGUMENTS[operator](inputs), _MUTATED.get(operator))
+                yield Case(name, _ARGUMENTS[operator](inputs), _MUTATED.get(operator), _PLAIN.get(operator))

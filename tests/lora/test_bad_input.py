@@ -13,7 +13,7 @@ from peft_kernels import ops
 from ..support.accuracy import assert_same_bits
 from ..support.lora import random_layer
 from ..support.operators import DROPPING, OPERATORS, random_call
-from ..support.places import LAYER_OPERATORS, compiled_places, places
+from ..support.places import LAYER_OPERATORS, compiled_cases, compiled_places, places
 
 NAN = float("nan")
 
@@ -207,7 +207,6 @@ RNG_STATES = {
     "matrix": torch.zeros(1, 2, dtype=torch.int64),
 }
 PROBABILITIES = (-0.1, 1.1, NAN, float("inf"))
-EACH_NAMESPACE = pytest.mark.parametrize(("namespace", "device"), compiled_places())
 
 
 def changed_call(device, operator, changes, dropout_p=0.0):
@@ -231,16 +230,12 @@ def assert_refused(namespace, device, operator, changes, named, dropout_p=0.0):
         assert_same_bits(bad.arguments[name], tensor, name)
 
 
-@EACH_NAMESPACE
-@pytest.mark.parametrize(
-    ("operator", "changes", "named"), [*SHAPES, *DTYPES], ids=lambda v: v if isinstance(v, str) else ""
-)
+@pytest.mark.parametrize(("namespace", "device", "operator", "changes", "named"), compiled_cases([*SHAPES, *DTYPES]))
 def test_raw_operators_refuse_wrong_shapes_and_dtypes(namespace, device, operator, changes, named):
     assert_refused(namespace, device, operator, changes, named)
 
 
-@EACH_NAMESPACE
-@pytest.mark.parametrize("operator", DROPPING)
+@pytest.mark.parametrize(("namespace", "device", "operator"), compiled_cases((name,) for name in DROPPING))
 @pytest.mark.parametrize("state", RNG_STATES)
 def test_raw_operators_refuse_a_wrong_rng_state(namespace, device, operator, state):
     value = RNG_STATES[state]
@@ -248,15 +243,13 @@ def test_raw_operators_refuse_a_wrong_rng_state(namespace, device, operator, sta
     assert_refused(namespace, device, operator, changes, "rng_state", dropout_p=0.5)
 
 
-@EACH_NAMESPACE
-@pytest.mark.parametrize("operator", DROPPING)
+@pytest.mark.parametrize(("namespace", "device", "operator"), compiled_cases((name,) for name in DROPPING))
 @pytest.mark.parametrize("probability", PROBABILITIES)
 def test_raw_operators_refuse_what_is_no_probability(namespace, device, operator, probability):
     assert_refused(namespace, device, operator, {"dropout_p": probability}, "dropout_p", dropout_p=0.5)
 
 
-@EACH_NAMESPACE
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("namespace", "device", "operator"), compiled_cases((name,) for name in OPERATORS))
 def test_raw_operators_say_what_came(namespace, device, operator):
     cases = [(changes, 0.0) for name, changes, _ in [*SHAPES, *DTYPES] if name == operator]
     if operator in DROPPING:
@@ -266,21 +259,21 @@ def test_raw_operators_say_what_came(namespace, device, operator):
     assert not [message for message in messages if ", got " not in message]
 
 
-@EACH_NAMESPACE
+@pytest.mark.parametrize(("namespace", "device"), compiled_places("lora_accumulate_"))
 @pytest.mark.parametrize("strides", [(0, 1), (1, 0), (1, 1), (12, 1), (1, 6)], ids=str)
 def test_an_out_that_overlaps_itself_is_refused(namespace, device, strides):
     changes = {"out": lambda tensor: torch.ones(7 * 24, device=device).as_strided(tensor.shape, strides)}
     assert_refused(namespace, device, "lora_accumulate_", changes, "out .*must not overlap itself")
 
 
-@EACH_NAMESPACE
+@pytest.mark.parametrize(("namespace", "device"), compiled_places("dropout_mask"))
 @pytest.mark.parametrize("state", [name for name in RNG_STATES if name != "missing"])
 def test_dropout_mask_refuses_a_wrong_rng_state(namespace, device, state):
     with pytest.raises(RuntimeError, match="rng_state"):
         getattr(torch.ops, namespace).dropout_mask(3, 4, 0.5, RNG_STATES[state].to(device))
 
 
-@EACH_NAMESPACE
+@pytest.mark.parametrize(("namespace", "device"), compiled_places("dropout_mask"))
 @pytest.mark.parametrize(
     ("rows", "columns", "probability", "named"),
     [(-1, 4, 0.5, "rows"), (3, -1, 0.5, "columns"), *((3, 4, p, "dropout_p") for p in PROBABILITIES)],

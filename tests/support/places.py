@@ -75,20 +75,25 @@ def places_and_dtypes(*operators: str, dtypes: Iterable[torch.dtype] = ALL_DTYPE
     ]
 
 
-def compiled_places() -> list[object]:
-    """pytest parameters `(namespace, device)`: where raw operators are registered with the dispatcher."""
+_NAMESPACES = {"cpu": "peft_kernels", "cuda": "peft_kernels", "triton": "peft_kernels_triton"}
+
+
+def compiled_places(*operators: str) -> list[object]:
+    """pytest parameters `(namespace, device)`: where all these raw operators are registered with the dispatcher."""
     return [
         pytest.param(namespace, place.device, id=f"{namespace}-{place.device}", marks=marks_of(place.device))
         for place in _all_places()
-        for namespace in _namespaces(place)
+        if (namespace := _NAMESPACES.get(place.backend)) and serves(place, operators, torch.float32)
     ]
 
 
-def _namespaces(place: Place) -> tuple[str, ...]:
-    names = {"cpu": "peft_kernels", "cuda": "peft_kernels", "triton": "peft_kernels_triton"}
-    if place.backend not in names or not serves(place, ("lora_accumulate_",), torch.float32):
-        return ()
-    return (names[place.backend],)
+def compiled_cases(cases: Iterable[tuple[str, *tuple[object, ...]]]) -> list[object]:
+    """pytest parameters `(namespace, device, *case)`: each case, the operator's name first, where it is registered."""
+    return [
+        pytest.param(*place.values, *case, id=f"{place.id}-{case[0]}", marks=place.marks)
+        for case in cases
+        for place in compiled_places(case[0])
+    ]
 
 
 def _all_places() -> list[Place]:
