@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "rounding.h"
+
 namespace peft_kernels {
 namespace {
 
@@ -17,16 +19,24 @@ constexpr int64_t kTile = 16;        // rows of a tile, columns of a float tile
 constexpr int64_t kDepth = 32;       // k per tile instruction
 constexpr int64_t kTileWords = 512;  // bfloat16 numbers in a tile
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// gcc's intrinsic does not say that it reads memory, so that the stores before it might be dropped or come too late.
+// Tile instructions by hand: gcc's intrinsics do not say which memory they read, clang's would not be ordered with
+// these, and all want literals. Being volatile they keep their order, which is all that registers of the tiles need.
 template <int tile>
 inline void tile_load(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(tile) : "memory");
 }
 
-// The intrinsic takes literals only.
+template <int tile>
+inline void tile_store(void* to, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(tile) : "memory");
+}
+
+template <int tile>
+inline void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+
+// sum += left right
 template <int sum, int left, int right>
 inline void tile_multiply() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
@@ -42,20 +52,18 @@ class TileScope {
       config[16 + 2 * tile] = 64;  // bytes per row
       config[48 + tile] = kTile;   // rows
     }
-    // gcc's intrinsic names only the first eight bytes as its input; the barrier keeps the stores to the others.
-    __asm__ volatile("" : : "r"(config) : "memory");
-    _tile_loadconfig(config);
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
   }
-  ~TileScope() { _tile_release(); }
+  ~TileScope() { __asm__ volatile("tilerelease"); }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };
 
 inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
 }
 
 // Tiles 0 to 3 from and to memory, one after the other at tile_stride floats.
@@ -67,10 +75,10 @@ inline void load_sums(const float* from, int64_t tile_stride, int64_t row_stride
 }
 
 inline void store_sums(float* to, int64_t tile_stride, int64_t row_stride) {
-  _tile_stored(0, to, row_stride * 4);
-  _tile_stored(1, to + tile_stride, row_stride * 4);
-  _tile_stored(2, to + 2 * tile_stride, row_stride * 4);
-  _tile_stored(3, to + 3 * tile_stride, row_stride * 4);
+  tile_store<0>(to, row_stride * 4);
+  tile_store<1>(to + tile_stride, row_stride * 4);
+  tile_store<2>(to + 2 * tile_stride, row_stride * 4);
+  tile_store<3>(to + 3 * tile_stride, row_stride * 4);
 }
 
 inline __mmask16 first_floats(int64_t count) {
@@ -93,7 +101,8 @@ inline __m512 bf16_high(__m512i values) {
 // --- floats as sums of bfloat16 terms ---
 //
 // value = term[0] + term[1] + term[2] exactly: each term is the rounded rest of the ones before, a float whose low half
-// is zero; bfloat16 is its high half. Infinity (and what rounds to it, from 3.39e38 on) has no rest, NaN has one.
+// is zero; bfloat16 is its high half. Infinity (and what rounds to it, from 3.39e38 on) has no rest; of NaN
+// the first term is NaN.
 template <int terms>
 inline void split(__m512 value, __m512* term) {
   constexpr int kInfinite = 0x18;
@@ -102,6 +111,9 @@ inline void split(__m512 value, __m512* term) {
     const __m512i rounded = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
     term[t] = _mm512_castsi512_ps(_mm512_and_si512(rounded, high_half));
     if (t == 0) {
+      // Rounding would carry a NaN of large payload over into zero, and cut one of small payload down to infinity.
+      const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      term[0] = _mm512_mask_mov_ps(term[0], nan, _mm512_set1_ps(__builtin_nanf("")));
       value = _mm512_maskz_sub_ps(_knot_mask16(_mm512_fpclass_ps_mask(term[0], kInfinite)), value, term[0]);
     } else {
       value = _mm512_sub_ps(value, term[t]);
@@ -119,10 +131,6 @@ inline __m512i joined(__m512 low, __m512 high) {
       63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7,
       5, 3, 1);
   return _mm512_permutex2var_epi16(_mm512_castps_si512(low), odd_words, _mm512_castps_si512(high));
-}
-
-inline __m256i high_halves(__m512 term) {
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(term), 16));
 }
 
 // --- transposition ---

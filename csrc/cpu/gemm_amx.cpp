@@ -1,14 +1,15 @@
 // The product of gemm_amx.h on processors with matrix tiles.
 //
 // bfloat16 operands go to the tiles as they are. float32 operands are split into three bfloat16 terms each, exactly,
-// and the six products of terms that matter at 24 bits are summed: what is left out is below 2^-25 of |x| |matrix|,
-// less than float sums round away, and 6 tile instructions are still 2.7 times faster than 16 of AVX-512.
+// and the six products of terms that matter at 24 bits are summed: what is left out is below 2^-24 of |x| |matrix|,
+// no more than one rounding, and 6 tile instructions are still 2.7 times faster than 16 of AVX-512.
 //
 // Two by two tiles of sums take all of a depth chunk before they leave the registers. The right operand of such a chunk
-// (a panel of 32 columns) is laid out once and stays in the L1 cache; the left one is read from L2, as whole tiles one
-// after the other. The product of rank r is a few steps of depth more, on terms of hidden and factor.
+// (a panel of 32 columns) is laid out once and read from the nearest caches; the left one is read from L2, as whole
+// tiles one after the other. The product of rank r is a few steps of depth more, on terms of hidden and factor.
 //
-// An infinite operand makes its results infinite or NaN, a subnormal one counts as zero, as tile instructions have it.
+// An infinite operand makes its results infinite or NaN. Tile instructions count subnormal numbers as zero, so float32
+// operands and results below about 2^-110 lose low bits; operands from 3.39e38 on count as infinite.
 #include "gemm_amx.h"
 #include "amx_tiles.h"
 
@@ -35,24 +36,20 @@ struct F32 {
   static constexpr int kSideSteps = 3;
 };
 
-// A step multiplies [l0 | l1] with [r0 ; r1]: together all pairs of terms (a, b) with a + b below the number of steps.
+// A step multiplies [l0 | l1] with [r0 ; r1]: together all four pairs of two terms, and all of three that matter.
 struct SideStep {
   int left[2], right[2];
 };
 constexpr SideStep kSide[3] = {{{0, 0}, {0, 1}}, {{1, 1}, {0, 1}}, {{0, 2}, {2, 0}}};
 
-template <typename T>
-int64_t depth_blocks(const GemmArguments& a) {
-  return divide_up(a.x.columns, kDepth);
-}
-
+inline int64_t depth_blocks(const GemmArguments& a) { return divide_up(a.x.columns, kDepth); }
 inline int64_t rank_blocks(const GemmArguments& a) { return divide_up(a.factor.rank, kTile); }
 
 // Left tiles of a row block: [depth blocks][terms][2 row tiles], then the side path's [rank blocks][steps][2 row
 // tiles].
 template <typename T>
 int64_t row_block_words(const GemmArguments& a) {
-  return (depth_blocks<T>(a) * T::kTerms + rank_blocks(a) * T::kSideSteps) * 2 * kTileWords;
+  return (depth_blocks(a) * T::kTerms + rank_blocks(a) * T::kSideSteps) * 2 * kTileWords;
 }
 
 template <typename T>
@@ -94,7 +91,7 @@ void lay_out_hidden(const GemmArguments& a, int64_t m, int64_t rows, uint16_t* t
 template <typename T>
 void lay_out(const GemmArguments& a, int64_t first, int64_t begin, int64_t end, void* tiles) {
   using Number = typename T::Number;
-  const int64_t blocks = depth_blocks<T>(a);
+  const int64_t blocks = depth_blocks(a);
   for (int64_t m = begin; m < end; m += kGemmRows) {
     const int64_t rows = smaller(kGemmRows, end - m);
     uint16_t* to = static_cast<uint16_t*>(tiles) + (m - first) / kGemmRows * row_block_words<T>(a);
@@ -151,13 +148,13 @@ inline void fetch_ahead(const RightBlock<Number>& block, bool along_depth) {
 }
 
 // A panel of 32 columns from c on, at depths [k_begin, k_end).
-struct Panel {
+struct RightPanel {
   int64_t k_begin, k_end, c;
 };
 
 // Brings one of `parts` parts of a panel into L2, while another one is being multiplied.
 template <typename T>
-inline void fetch_panel(const GemmArguments& a, const Panel& panel, int64_t part, int64_t parts) {
+inline void fetch_panel(const GemmArguments& a, const RightPanel& panel, int64_t part, int64_t parts) {
   using Number = typename T::Number;
   const bool along_depth = a.column_stride != 1;
   const int64_t depth = smaller(panel.k_end, a.x.columns) - panel.k_begin;
@@ -212,7 +209,7 @@ inline void lay_out_block(const RightBlock<float>& from, uint16_t* to) {
 }
 
 template <typename T>
-void lay_out_panel(const GemmArguments& a, const Panel& panel, uint16_t* to) {
+void lay_out_panel(const GemmArguments& a, const RightPanel& panel, uint16_t* to) {
   using Number = typename T::Number;
   alignas(64) Number staged[kDepth * kGemmColumns];
   for (int64_t k = panel.k_begin; k < panel.k_end; k += kDepth, to += T::kTerms * 2 * kTileWords) {
@@ -256,13 +253,8 @@ void lay_out_factor(const GemmArguments& a, int64_t c, uint16_t* to) {
 template <int row>
 inline void multiply_left(const uint16_t* left) {
   tile_load<4 + row>(left + row * kTileWords, 64);
-  if constexpr (row == 0) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-  } else {
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
+  tile_multiply<2 * row, 4 + row, 6>();
+  tile_multiply<2 * row + 1, 4 + row, 7>();
 }
 
 // New left tiles meet the right tiles that are there.
@@ -274,22 +266,22 @@ inline void multiply_left(const uint16_t* left) {
 // New right tiles meet the left tiles that are there.
 inline void multiply_right(const uint16_t* right) {
   tile_load<6>(right, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(2, 5, 6);
+  tile_multiply<0, 4, 6>();
+  tile_multiply<2, 5, 6>();
   tile_load<7>(right + kTileWords, 64);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(3, 5, 7);
+  tile_multiply<1, 4, 7>();
+  tile_multiply<3, 5, 7>();
 }
 
 inline void multiply_both(const uint16_t* left, const uint16_t* right) {
   tile_load<6>(right, 64);
   tile_load<4>(left, 64);
-  _tile_dpbf16ps(0, 4, 6);
+  tile_multiply<0, 4, 6>();
   tile_load<7>(right + kTileWords, 64);
-  _tile_dpbf16ps(1, 4, 7);
+  tile_multiply<1, 4, 7>();
   tile_load<5>(left + kTileWords, 64);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
+  tile_multiply<2, 5, 6>();
+  tile_multiply<3, 5, 7>();
 }
 
 inline void multiply_steps(const uint16_t* left, const uint16_t* right, int64_t steps) {
@@ -302,7 +294,7 @@ inline void multiply_depth(const uint16_t* left, const uint16_t* right, int64_t 
   multiply_steps(left, right, blocks);
 }
 
-// The pairs of terms (left, right) whose numbers add up to two at most, small products first.
+// The pairs of terms (left, right) whose numbers add up to two at most, the large product last.
 inline void multiply_depth(const uint16_t* left, const uint16_t* right, int64_t blocks, F32) {
   constexpr int64_t kTerm = 2 * kTileWords;
   for (int64_t block = 0; block < blocks; ++block, left += 3 * kTerm, right += 3 * kTerm) {
@@ -317,9 +309,8 @@ inline void multiply_depth(const uint16_t* left, const uint16_t* right, int64_t 
 
 // Zeroes dropped elements of a block of sums in memory: columns from c on, a multiple of 32.
 inline void drop(const GemmArguments& a, int64_t m, int64_t rows, int64_t c, float* sums) {
-  const int64_t words = divide_up(a.out.columns, 64);
   for (int64_t i = 0; i < rows; ++i) {
-    const uint64_t keep = a.keep[(m + i) * words + c / 64] >> (c % 64);
+    const uint64_t keep = a.keep[(m + i) * a.keep_stride + c / kPanel] >> (c % kPanel);
     float* low = sums + i / kTile * 2 * kTile * kTile + i % kTile * kTile;
     float* high = low + kTile * kTile;
     _mm512_store_ps(low, _mm512_maskz_load_ps(static_cast<__mmask16>(keep), low));
@@ -395,7 +386,7 @@ struct Workspace {
   int64_t bytes;
 
   Workspace(const GemmArguments& a, int64_t rows, void* memory) {
-    const int64_t blocks = larger(1, depth_blocks<T>(a)), chunks = divide_up(blocks * kDepth, kDepthChunk);
+    const int64_t blocks = larger(1, depth_blocks(a)), chunks = divide_up(blocks * kDepth, kDepthChunk);
     depth_chunk = divide_up(blocks, chunks) * kDepth;
     const int64_t panel_words = depth_chunk / kDepth * T::kTerms * 2 * kTileWords;
     const int64_t factor_words = rank_blocks(a) * T::kSideSteps * 2 * kTileWords;
@@ -417,8 +408,8 @@ void multiply(
     const GemmArguments& a, int64_t first, int64_t last, int64_t begin, int64_t end, const void* tiles, void* memory) {
   const TileScope scope;
   const Workspace<T> workspace(a, last - first, memory);
-  const int64_t depth = depth_blocks<T>(a) * kDepth, row_words = row_block_words<T>(a);
-  const int64_t side_offset = depth_blocks<T>(a) * T::kTerms * 2 * kTileWords;
+  const int64_t depth = depth_blocks(a) * kDepth, row_words = row_block_words<T>(a);
+  const int64_t side_offset = depth_blocks(a) * T::kTerms * 2 * kTileWords;
   const int64_t row_blocks = divide_up(last - first, kGemmRows), panel_sums = row_blocks * kBlockSums;
   const uint16_t* left = static_cast<const uint16_t*>(tiles);
   alignas(64) float sums[kBlockSums];
@@ -429,9 +420,10 @@ void multiply(
       const int64_t k_end = smaller(depth, k + workspace.depth_chunk);
       for (int64_t c = group; c < group_end; c += kGemmColumns) {
         lay_out_panel<T>(a, {k, k_end, c}, workspace.panel);
-        const Panel next = c + kGemmColumns < group_end ? Panel{k, k_end, c + kGemmColumns}
-                           : k_end < depth ? Panel{k_end, smaller(depth, k_end + workspace.depth_chunk), group}
-                                           : Panel{0, smaller(depth, workspace.depth_chunk), group_end};
+        const RightPanel next = c + kGemmColumns < group_end ? RightPanel{k, k_end, c + kGemmColumns}
+                                : k_end < depth
+                                    ? RightPanel{k_end, smaller(depth, k_end + workspace.depth_chunk), group}
+                                    : RightPanel{0, smaller(depth, workspace.depth_chunk), group_end};
         if (k == 0) lay_out_factor<T>(a, c, workspace.factor);
         float* unfinished = workspace.sums + (c - group) / kGemmColumns * panel_sums;
         for (int64_t m = first; m < last; m += kGemmRows, unfinished += kBlockSums) {

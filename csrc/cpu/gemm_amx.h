@@ -23,7 +23,8 @@ struct GemmArguments {
   const void* bias;       // [C_out] in x's dtype, unit stride, or null
   Hidden hidden;          // [M, r] float
   Factor factor;          // [r, C_out] float; its scale holds that of the kept elements
-  const uint64_t* keep;   // [M, divide_up(C_out, 64)] keep bits of the low-rank part, or null
+  const uint64_t* keep;   // keep bits of the low-rank part as in Dropout, or null
+  int64_t keep_stride;    // from row to row of them
   Matrix out;             // [M, C_out]
 };
 
@@ -32,9 +33,10 @@ struct GemmKernel {
   // Bytes of the tiles of `rows` rows, and of one thread's workspace in `multiply`.
   int64_t (*left_bytes)(const GemmArguments& arguments, int64_t rows);
   int64_t (*workspace_bytes)(const GemmArguments& arguments, int64_t rows);
-  // Rows [begin, end) of a chunk, in multiples of kGemmRows but for the end.
+  // Rows [begin, end) of x, in multiples of kGemmRows from `first` on but for the end.
   void (*lay_out)(const GemmArguments& arguments, int64_t first, int64_t begin, int64_t end, void* tiles);
-  // Columns [begin, end), in multiples of kGemmColumns but for the end, of rows [first, last).
+  // Columns [begin, end), in multiples of kGemmColumns but for the end, of rows [first, last); `tiles` are those of
+  // `first` and on.
   void (*multiply)(
       const GemmArguments& arguments, int64_t first, int64_t last, int64_t begin, int64_t end, const void* tiles,
       void* workspace);

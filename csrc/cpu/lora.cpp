@@ -19,7 +19,7 @@ Tensor dropout_mask(int64_t rows, int64_t columns, double dropout_p, Tensor rng_
   const Dropout dropout = make_dropout(op, dropout_p, rng_state);
   Tensor mask = new_tensor(rng_state, {rows, columns}, ScalarType::Bool);
   bool* keep = static_cast<bool*>(mask.data_ptr());
-  const LoraKernels& table = kernels();  // its errors must not arise inside the parallel region
+  const LoraKernels& table = kernels();  // chosen before the parallel region, to raise its errors here
   parallel_units(rows, 1, columns * 8, [&](int64_t begin, int64_t end) {
     table.dropout_mask(keep, columns, begin, end, dropout);
   });

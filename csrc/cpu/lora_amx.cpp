@@ -6,7 +6,7 @@
 //   accumulate     two terms of hidden times two of the factor, 16 bits, for a result that is rounded to 8.
 // Dropped elements are zeroed in bfloat16, which is exact; the scale of kept ones is in the packed operand.
 #include "amx_tiles.h"
-#include "gemm_amx.h"
+#include "lora_kernels.h"
 #include "simd.h"
 
 #include <sys/syscall.h>
@@ -208,16 +208,16 @@ inline void multiply_columns(
     tile_load<5>(left + (block * 2 + 1) * kTileWords, 64);
     tile_load<6>(near, 64);
     tile_load<7>(far, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_multiply<0, 4, 6>();
+    tile_multiply<1, 5, 6>();
+    tile_multiply<2, 4, 7>();
+    tile_multiply<3, 5, 7>();
     tile_load<6>(near + kTileWords, 64);
     tile_load<7>(far + kTileWords, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    tile_multiply<0, 4, 6>();
+    tile_multiply<1, 5, 6>();
+    tile_multiply<2, 4, 7>();
+    tile_multiply<3, 5, 7>();
   }
   store_sums(sums, kTile * kTile, kTile);
 }
@@ -225,6 +225,7 @@ inline void multiply_columns(
 void accumulate(
     const Matrix& out, int64_t begin, int64_t end, const Hidden& hidden, const Factor& factor, const void* packed,
     const Dropout& dropout) {
+  if (out.columns == 0) return;  // there is no first product to form ahead
   const TileScope tiles;
   constexpr int64_t kRows = 2 * kTile;
   constexpr int64_t kRankBlocks = 8;  // ranks whose left tiles are kept at a time: 128

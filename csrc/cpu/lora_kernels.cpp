@@ -31,8 +31,6 @@ constexpr int64_t kRankChunk = 256;  // ranks summed at a time in shrink
 constexpr int64_t kRowChunk = 64;    // rows converted at a time in grad
 constexpr int64_t kGradRanks = 64;   // ranks summed at a time in grad
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // count elements of one row, converted to acc and zeroed where dropped; `column` is a multiple of kDrawBatch.
 template <typename T, typename acc>
 void convert_row(const T* from, acc* to, int64_t row, int64_t column, int64_t count, const Dropout& dropout) {

@@ -160,7 +160,8 @@ const GemmKernel* own_gemm(const Tensor& x, const Tensor& matrix, const std::opt
 int64_t gemm_row_chunk(const GemmKernel& kernel, const GemmArguments& arguments) {
   constexpr int64_t kMost = 512, kLeast = 64, kLeftBytes = int64_t{24} << 20;
   const int64_t bytes = kernel.left_bytes(arguments, kGemmRows);
-  return std::clamp(kLeftBytes / bytes * kGemmRows, kLeast, kMost);
+  const int64_t most = std::clamp(kLeftBytes / bytes * kGemmRows, kLeast, kMost), rows = arguments.out.rows;
+  return round_up(divide_up(rows, larger(1, divide_up(rows, most))), kGemmRows);  // cut evenly
 }
 
 // x matrix + bias + D * (hidden factor) by a kernel of ours.
@@ -218,14 +219,14 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
 }
 
 Drawn::Drawn(const Dropout& dropout, int64_t rows, int64_t columns)
-    : words_(dropout.active && dropout.keep == nullptr ? rows * divide_up(columns, 64) * 8 : 0), dropout_(dropout) {
+    : words_(dropout.active && dropout.keep == nullptr ? rows * divide_up(columns, kPanel) * 8 : 0), dropout_(dropout) {
   if (!dropout.active || dropout.keep != nullptr) return;
   uint64_t* words = static_cast<uint64_t*>(words_.get());
   const LoraKernels& table = kernels();
   parallel_units(
       rows, 1, columns * 8, [&](int64_t begin, int64_t end) { table.keep_words(words, columns, begin, end, dropout); });
   dropout_.keep = words;
-  dropout_.keep_stride = divide_up(columns, 64);
+  dropout_.keep_stride = divide_up(columns, kPanel);
 }
 
 void shrink_into(
@@ -308,6 +309,7 @@ Tensor matmul(
                   .hidden = hidden,
                   .factor = factor_of(cast, scaling * dropout.scale, transposed),
                   .keep = drawn.dropout().keep,
+                  .keep_stride = drawn.dropout().keep_stride,
                   .out = matrix_of(out)});
     return out;
   }

@@ -33,16 +33,22 @@ class Scratch {
  public:
   explicit Scratch(int64_t bytes) : bytes_(round_up(std::max<int64_t>(bytes, 1), 64)) {
     Stack& stack = stack_of_thread();
-    if (stack.used == 0 && stack.capacity < std::min(stack.wanted, kKept)) stack.grow();
+    if (stack.live == 0 && stack.capacity < std::min(stack.wanted, kKept)) stack.grow();
     on_stack_ = stack.used + bytes_ <= stack.capacity;
     data_ = on_stack_ ? stack.data + stack.used : static_cast<char*>(std::aligned_alloc(64, bytes_));
     STD_TORCH_CHECK(data_ != nullptr, "peft_kernels: out of memory for ", bytes, " bytes of scratch");
-    stack.used += bytes_;
-    stack.wanted = std::max(stack.wanted, stack.used);
+    if (on_stack_) stack.used += bytes_;
+    stack.live += bytes_;
+    stack.wanted = std::max(stack.wanted, stack.live);
   }
   ~Scratch() {
-    stack_of_thread().used -= bytes_;
-    if (!on_stack_) std::free(data_);
+    Stack& stack = stack_of_thread();
+    stack.live -= bytes_;
+    if (on_stack_) {
+      stack.used -= bytes_;
+    } else {
+      std::free(data_);
+    }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -54,8 +60,9 @@ class Scratch {
   struct Stack {
     char* data = nullptr;
     int64_t capacity = 0;
-    int64_t used = 0;    // by all that lives, on the stack or not: what lives on it lies below
-    int64_t wanted = 0;  // the most that was used
+    int64_t used = 0;    // from the bottom
+    int64_t live = 0;    // bytes of all that lives, on the stack or not
+    int64_t wanted = 0;  // the most that ever lived at once
 
     void grow() {
       std::free(data);

@@ -147,8 +147,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         forward = backends.kernel("lora_linear_forward", x.device.type, x.dtype, backend)
         y, hidden = forward(as_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, rng_state)
-        need_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if need_x else None, weight, lora_a, lora_b, hidden, rng_state)
+        keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if keep_x else None, weight, lora_a, lora_b, hidden, rng_state)
         ctx.shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 

@@ -98,9 +98,15 @@ def test_numbers_of_many_magnitudes_keep_all_their_bits(place, dtype):
     torch.testing.assert_close(result, call.arguments["matrix"][:300], rtol=2.0**-23, atol=0.0)
 
 
+# Also the NaN that CUDA makes, memory filled with ones, and a NaN that rounding could take for infinity.
+NOT_FINITE = (float("inf"), -float("inf"), float("nan"), 0x7FFFFFFF, -1, 0x7FA00000)
+
+
 @EACH_PRODUCT
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("value", NOT_FINITE)
 def test_what_is_not_finite_stays_in_its_row_and_shows(operator, place, dtype, value):
+    if isinstance(value, int):
+        value = torch.tensor([value], dtype=torch.int32).view(torch.float32).to(dtype).to(place.device)[0]
     call = random_call(operator, **LARGE, dtype=dtype, device=place.device)
     name = "grad_out" if operator == "lora_linear_backward" else "x"
     (clean, *_) = call.run(place.kernel(operator, dtype))
