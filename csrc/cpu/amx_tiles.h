@@ -133,6 +133,23 @@ inline __m512i joined(__m512 low, __m512 high) {
   return _mm512_permutex2var_epi16(_mm512_castps_si512(low), odd_words, _mm512_castps_si512(high));
 }
 
+// The terms of two vectors as entries of a right tile, and of 32 numbers of one row as rows of left tiles.
+template <int terms>
+inline void split_pairs(__m512 even, __m512 odd, __m512i* entry) {
+  __m512 even_term[terms], odd_term[terms];
+  split<terms>(even, even_term);
+  split<terms>(odd, odd_term);
+  for (int t = 0; t < terms; ++t) entry[t] = pairs(even_term[t], odd_term[t]);
+}
+
+template <int terms>
+inline void split_row(__m512 low, __m512 high, __m512i* row) {
+  __m512 low_term[terms], high_term[terms];
+  split<terms>(low, low_term);
+  split<terms>(high, high_term);
+  for (int t = 0; t < terms; ++t) row[t] = joined(low_term[t], high_term[t]);
+}
+
 // --- transposition ---
 
 // 16 x 16 32-bit entries: to[i][lane] = from[lane][i]; rows of `from` are `stride` bytes apart, rows of `to` 64 bytes.

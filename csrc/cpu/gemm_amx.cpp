@@ -65,10 +65,9 @@ inline void lay_out_row(const uint16_t* from, int64_t count, uint16_t* to) {
 }
 
 inline void lay_out_row(const float* from, int64_t count, uint16_t* to) {
-  __m512 low[F32::kTerms], high[F32::kTerms];
-  split<F32::kTerms>(load_first(from, count), low);
-  split<F32::kTerms>(load_first(from + 16, count - 16), high);
-  for (int t = 0; t < F32::kTerms; ++t) _mm512_store_si512(to + t * 2 * kTileWords, joined(low[t], high[t]));
+  __m512i row[F32::kTerms];
+  split_row<F32::kTerms>(load_first(from, count), load_first(from + 16, count - 16), row);
+  for (int t = 0; t < F32::kTerms; ++t) _mm512_store_si512(to + t * 2 * kTileWords, row[t]);
 }
 
 template <typename T>
@@ -198,11 +197,10 @@ inline void lay_out_block(const RightBlock<float>& from, uint16_t* to) {
     for (int64_t p = 0; p < kTile; ++p) {
       const float* even_row = transposed ? rows[2 * p] : data + 2 * p * from.depth_stride;
       const float* odd_row = transposed ? rows[2 * p + 1] : even_row + from.depth_stride;
-      __m512 even[F32::kTerms], odd[F32::kTerms];
-      split<F32::kTerms>(_mm512_loadu_ps(even_row), even);
-      split<F32::kTerms>(_mm512_loadu_ps(odd_row), odd);
+      __m512i entry[F32::kTerms];
+      split_pairs<F32::kTerms>(_mm512_loadu_ps(even_row), _mm512_loadu_ps(odd_row), entry);
       for (int t = 0; t < F32::kTerms; ++t) {
-        _mm512_store_si512(to + (t * 2 + tile) * kTileWords + p * kDepth, pairs(even[t], odd[t]));
+        _mm512_store_si512(to + (t * 2 + tile) * kTileWords + p * kDepth, entry[t]);
       }
     }
   }
@@ -232,14 +230,14 @@ void lay_out_factor(const GemmArguments& a, int64_t c, uint16_t* to) {
           static_cast<const float*>(factor.data) + j * factor.rank_stride + column * factor.column_stride,
           factor.rank_stride, factor.column_stride, factor.rank - j, factor.columns - column, corner);
       for (int64_t p = 0; p < kTile / 2; ++p) {
-        __m512 even[T::kSideSteps], odd[T::kSideSteps];
-        split<T::kSideSteps>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale), even);
-        split<T::kSideSteps>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), odd);
+        __m512i entry[T::kSideSteps];
+        split_pairs<T::kSideSteps>(
+            _mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale),
+            _mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), entry);
         for (int step = 0; step < T::kSideSteps; ++step) {
           uint16_t* at = to + ((block * T::kSideSteps + step) * 2 + tile) * kTileWords + p * kDepth;
           for (int half = 0; half < 2; ++half) {
-            const int t = kSide[step].right[half];
-            _mm512_store_si512(at + half * kTileWords / 2, pairs(even[t], odd[t]));
+            _mm512_store_si512(at + half * kTileWords / 2, entry[kSide[step].right[half]]);
           }
         }
       }

@@ -51,10 +51,11 @@ void shrink_pack(const Factor& factor, int64_t begin, int64_t end, void* packed)
           factor.columns - k, factor.rank - j, corner);
       uint16_t* tiles = static_cast<uint16_t*>(packed) + (j / kTile * blocks + k / kDepth) * kTerms * kTileWords;
       for (int64_t p = 0; p < kTile; ++p) {
-        __m512 even[kTerms], odd[kTerms];
-        split<kTerms>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale), even);
-        split<kTerms>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), odd);
-        for (int t = 0; t < kTerms; ++t) _mm512_storeu_si512(tiles + t * kTileWords + p * 32, pairs(even[t], odd[t]));
+        __m512i entry[kTerms];
+        split_pairs<kTerms>(
+            _mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale),
+            _mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), entry);
+        for (int t = 0; t < kTerms; ++t) _mm512_storeu_si512(tiles + t * kTileWords + p * 32, entry[t]);
       }
     }
   }
@@ -160,13 +161,13 @@ void accumulate_pack(const Factor& factor, int64_t begin, int64_t end, void* pac
           factor.rank - j, end - c, corner);
       uint16_t* tiles = static_cast<uint16_t*>(packed) + (c / kTile * blocks + block) * 2 * kTileWords;
       for (int64_t p = 0; p < kTile / 2; ++p) {
-        __m512 even[2], odd[2];
-        split<2>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale), even);
-        split<2>(_mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), odd);
+        __m512i entry[2];
+        split_pairs<2>(
+            _mm512_mul_ps(_mm512_load_ps(corner[2 * p]), scale),
+            _mm512_mul_ps(_mm512_load_ps(corner[2 * p + 1]), scale), entry);
         for (int t = 0; t < 2; ++t) {
-          const __m512i entry = pairs(even[t], odd[t]);
-          _mm512_storeu_si512(tiles + t * kTileWords + p * 32, entry);
-          _mm512_storeu_si512(tiles + t * kTileWords + (p + kTile / 2) * 32, entry);
+          _mm512_storeu_si512(tiles + t * kTileWords + p * 32, entry[t]);
+          _mm512_storeu_si512(tiles + t * kTileWords + (p + kTile / 2) * 32, entry[t]);
         }
       }
     }
@@ -276,12 +277,9 @@ void grad_pack(const Hidden& hidden, int64_t rows, int64_t begin, int64_t end, v
         load_block<kTile>(data + (m + half) * rank + j, 1, rank, rank - j, rows - m - half, corner[half / 16]);
       }
       for (int64_t i = 0; i < kTile; ++i) {
-        __m512 low[kTerms], high[kTerms];
-        split<kTerms>(_mm512_load_ps(corner[0][i]), low);
-        split<kTerms>(_mm512_load_ps(corner[1][i]), high);
-        for (int t = 0; t < kTerms; ++t) {
-          _mm512_storeu_si512(tiles + t * kTileWords + i * kDepth, joined(low[t], high[t]));
-        }
+        __m512i row[kTerms];
+        split_row<kTerms>(_mm512_load_ps(corner[0][i]), _mm512_load_ps(corner[1][i]), row);
+        for (int t = 0; t < kTerms; ++t) _mm512_storeu_si512(tiles + t * kTileWords + i * kDepth, row[t]);
       }
     }
   }
@@ -295,7 +293,7 @@ void pair_rows(
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
   for (int64_t row = m; row < round_up(end, kDepth); row += 2) {
     uint64_t keep[2] = {kKeepAll, kKeepAll};
-    if (dropout.active) keep_rows(dropout, row, smaller(2, larger(0, end - row)), column, keep);
+    if (dropout.active) keep_rows(dropout, row, smaller(2, end - row), column, keep);  // none beyond the end
     for (int64_t part = 0; part < kPanel; part += kDepth) {
       __m512i values[2];
       for (int64_t i = 0; i < 2; ++i) {

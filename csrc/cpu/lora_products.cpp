@@ -64,6 +64,28 @@ Factor factor_of(const Tensor& factor, double scale, bool transposed) {
   return {factor.data_ptr(), factor.size(j), factor.size(c), factor.stride(j), factor.stride(c), scale};
 }
 
+// A factor, cast and laid out as one of the products wants it.
+class PackedFactor {
+ public:
+  PackedFactor(
+      const Tensor& lora_factor, double scale, DType dtype, bool transposed, int64_t (*bytes)(const Factor&),
+      void (*pack)(const Factor&, int64_t, int64_t, void*))
+      : cast_(in_accumulation_dtype(lora_factor, dtype)),
+        factor_(factor_of(cast_, scale, transposed)),
+        packed_(bytes(factor_)) {
+    parallel_units(factor_.columns, kPanel, 8 * factor_.rank, [&](int64_t begin, int64_t end) {
+      pack(factor_, begin, end, packed_.get());
+    });
+  }
+  const Factor& factor() const { return factor_; }
+  const void* get() const { return packed_.get(); }
+
+ private:
+  Tensor cast_;
+  Factor factor_;
+  Scratch packed_;
+};
+
 // A narrow matrix has few groups of columns, so its rows are split too, by a rule that knows only the shape.
 int64_t rows_per_split(int64_t rows, int64_t groups) {
   constexpr int64_t kTasks = 16, kMinimumRows = 256;
@@ -233,12 +255,9 @@ void shrink_into(
     const Hidden& hidden, const Tensor& x, const Tensor& lora_factor, double scaling, DType dtype,
     const Dropout& dropout, bool transposed) {
   const SkinnyKernels& kernel = products(dtype);
-  const Tensor cast = in_accumulation_dtype(lora_factor, dtype);
-  const Factor factor = factor_of(cast, scaling * dropout.scale, transposed);
-  const Scratch packed(kernel.shrink_packed_bytes(factor));
-  parallel_units(factor.columns, kPanel, 8 * factor.rank, [&](int64_t begin, int64_t end) {
-    kernel.shrink_pack(factor, begin, end, packed.get());
-  });
+  const PackedFactor packed(
+      lora_factor, scaling * dropout.scale, dtype, transposed, kernel.shrink_packed_bytes, kernel.shrink_pack);
+  const Factor& factor = packed.factor();
   const Matrix matrix = matrix_of(x);
   parallel_units(matrix.rows, kernel.row_unit, factor.columns * factor.rank, [&](int64_t begin, int64_t end) {
     kernel.shrink(matrix, begin, end, factor, packed.get(), hidden, dropout);
@@ -249,12 +268,9 @@ void accumulate_into(
     const Tensor& out, const Hidden& hidden, const Tensor& lora_factor, double scaling, DType dtype,
     const Dropout& dropout, bool transposed) {
   const SkinnyKernels& kernel = products(dtype);
-  const Tensor cast = in_accumulation_dtype(lora_factor, dtype);
-  const Factor factor = factor_of(cast, scaling * dropout.scale, transposed);
-  const Scratch packed(kernel.accumulate_packed_bytes(factor));
-  parallel_units(factor.columns, kPanel, 8 * factor.rank, [&](int64_t begin, int64_t end) {
-    kernel.accumulate_pack(factor, begin, end, packed.get());
-  });
+  const PackedFactor packed(
+      lora_factor, scaling * dropout.scale, dtype, transposed, kernel.accumulate_packed_bytes, kernel.accumulate_pack);
+  const Factor& factor = packed.factor();
   const Matrix matrix = matrix_of(out);
   parallel_units(matrix.rows, kernel.row_unit, factor.columns * factor.rank, [&](int64_t begin, int64_t end) {
     kernel.accumulate(matrix, begin, end, hidden, factor, packed.get(), dropout);

@@ -324,7 +324,7 @@ inline void keep_rows(const Dropout& dropout, int64_t row, int64_t rows, int64_t
     return;
   }
   if (dropout.threshold > 0xFFFF) {  // does not fit the comparison of 16-bit numbers
-    std::memset(keep, 0, sizeof(uint64_t) * static_cast<size_t>(rows));
+    for (int64_t i = 0; i < rows; ++i) keep[i] = 0;
     return;
   }
   const uint32_t group = static_cast<uint32_t>(column / kPhiloxGroup), first = static_cast<uint32_t>(row);

@@ -13,10 +13,10 @@ import torch
 
 from peft_kernels import libraries
 
-from ..support.accuracy import assert_accurate, assert_same_bits
+from ..support.accuracy import assert_same_bits
 from ..support.layouts import LAYOUTS, laid_out
-from ..support.operators import formula, random_call, result_dtypes
-from ..support.places import places_and_dtypes
+from ..support.operators import check_call, formula, random_call, result_dtypes
+from ..support.places import operators_at_places, places_and_dtypes
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (
@@ -27,26 +27,11 @@ PRODUCTS = ("lora_matmul", "lora_linear_forward", "lora_linear_backward")
 LARGE = {"rows": 300, "columns": 350, "out_columns": 300}
 
 
-def each_product(*dtypes):
-    return pytest.mark.parametrize(
-        ("operator", "place", "dtype"),
-        [
-            pytest.param(operator, *param.values, id=f"{operator}-{param.id}", marks=param.marks)
-            for operator in PRODUCTS
-            for param in places_and_dtypes(operator, dtypes=dtypes)
-        ],
-    )
-
-
-EACH_PRODUCT = each_product(*DTYPES)
+EACH_PRODUCT = pytest.mark.parametrize(("operator", "place", "dtype"), operators_at_places(PRODUCTS, DTYPES))
 
 
 def check(call, place, dtype):
-    results = call.run(place.kernel(call.operator, dtype))
-    exact, own = formula(call, torch.float64), formula(call, dtype)
-    for index, (actual, promised) in enumerate(zip(results, result_dtypes(call), strict=True)):
-        assert actual.dtype == promised
-        assert_accurate(actual, own[index], exact[index], f"{call.operator} result {index}")
+    check_call(call, place.kernel(call.operator, dtype), dtype)
 
 
 @EACH_PRODUCT

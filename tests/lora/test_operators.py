@@ -9,10 +9,10 @@ import torch
 
 from peft_kernels.reference import lora as reference
 
-from ..support.accuracy import assert_accurate, assert_same_bits
+from ..support.accuracy import assert_same_bits
 from ..support.layouts import LAYOUTS, laid_out
-from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, formula, random_call, result_dtypes
-from ..support.places import places, places_and_dtypes
+from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, check_call, formula, random_call, result_dtypes
+from ..support.places import operators_at_places, places, places_and_dtypes
 
 RANKS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65)
 SIZES = (
@@ -24,27 +24,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 def each_operator(*dtypes, operators=OPERATORS):
     """pytest parameters (operator, place, dtype), for every place that serves the operator in the dtype."""
-    return pytest.mark.parametrize(
-        ("operator", "place", "dtype"),
-        [
-            pytest.param(operator, *param.values, id=f"{operator}-{param.id}", marks=param.marks)
-            for operator in operators
-            for param in places_and_dtypes(operator, dtypes=dtypes)
-        ],
-    )
+    return pytest.mark.parametrize(("operator", "place", "dtype"), operators_at_places(operators, dtypes))
 
 
 EACH_OPERATOR = each_operator(torch.float32, *HALF, torch.float64)
 
 
 def check(call, place, dtype):
-    """Runs the call and holds it to dtypes, shapes and the accuracy rule."""
-    results = call.run(place.kernel(call.operator, dtype))
-    exact, own = formula(call, torch.float64), formula(call, dtype)
-    for index, (actual, promised) in enumerate(zip(results, result_dtypes(call), strict=True)):
-        assert actual.dtype == promised
-        assert_accurate(actual, own[index], exact[index], f"{call.operator} result {index}")
-    return results
+    return check_call(call, place.kernel(call.operator, dtype), dtype)
 
 
 @EACH_OPERATOR

@@ -12,6 +12,8 @@ from torch import Tensor, einsum
 from peft_kernels.reference.lora import accumulation_dtype
 from peft_kernels.reference.philox import dropout_mask
 
+from .accuracy import assert_accurate
+
 ACTIVATIONS = {
     "lora_shrink": "x",
     "lora_accumulate_": "out",
@@ -206,3 +208,13 @@ def formula(call: Call, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (a["out"] + low_rank,)
     base = einsum("mk,kn->mn", a["x"], a["matrix"])
     return ((base if a["bias"] is None else base + a["bias"]) + low_rank,)
+
+
+def check_call(call: Call, kernel: Callable[..., Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Runs the call and holds its results, which are returned, to promised dtypes, shapes and the accuracy rule."""
+    results = call.run(kernel)
+    exact, own = formula(call, torch.float64), formula(call, dtype)
+    for index, (actual, promised) in enumerate(zip(results, result_dtypes(call), strict=True)):
+        assert actual.dtype == promised
+        assert_accurate(actual, own[index], exact[index], f"{call.operator} result {index}")
+    return results

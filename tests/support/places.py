@@ -75,6 +75,19 @@ def places_and_dtypes(*operators: str, dtypes: Iterable[torch.dtype] = ALL_DTYPE
     ]
 
 
+def operators_at_places(
+    operators: Iterable[str], dtypes: Iterable[torch.dtype] = ALL_DTYPES, backend: str | None = None
+) -> list[object]:
+    """pytest parameters `(operator, place, dtype)`: every place, or those of one backend, that serves the operator."""
+    dtypes = tuple(dtypes)
+    return [
+        pytest.param(operator, *param.values, id=f"{operator}-{param.id}", marks=param.marks)
+        for operator in operators
+        for param in places_and_dtypes(operator, dtypes=dtypes)
+        if backend in (None, param.values[0].backend)
+    ]
+
+
 _NAMESPACES = {"cpu": "peft_kernels", "cuda": "peft_kernels", "triton": "peft_kernels_triton"}
 
 
