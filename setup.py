@@ -254,7 +254,7 @@ def write_ninja(
         nvccflags = (
             f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden,{prefix_map} "
             f"-DUSE_CUDA {torch_flags} "
-            f"-ccbin {compiler} {' '.join(codes)}"
+            f"-I{SOURCES / 'cuda'} -ccbin {compiler} {' '.join(codes)}"
         )
         writer.rule(
             "nvcc",

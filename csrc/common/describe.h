@@ -34,17 +34,18 @@ inline std::string dtype_name(ScalarType dtype) {
   }
 }
 
+// "cuda:0"
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return tensor.is_cpu() ? "cpu" : "another device";
+}
+
 // "bfloat16 [3, 4] on cuda:0"
 inline std::string described(const Tensor& tensor) {
   std::ostringstream text;
   text << dtype_name(tensor.scalar_type()) << " [";
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
-  text << "] on ";
-  if (tensor.is_cuda()) {
-    text << "cuda:" << tensor.get_device_index();
-  } else {
-    text << (tensor.is_cpu() ? "cpu" : "another device");
-  }
+  text << "] on " << device_name(tensor);
   return text.str();
 }
 

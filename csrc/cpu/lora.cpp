@@ -15,8 +15,9 @@ namespace {
 
 Tensor dropout_mask(int64_t rows, int64_t columns, double dropout_p, Tensor rng_state) {
   constexpr const char* op = "dropout_mask";
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ", rows, ", ", columns);
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  check_mask_size(op, rows, columns);
+  check_rng_state(op, rng_state, rng_state);
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, rows, columns, rng_state);
   Tensor mask = new_tensor(rng_state, {rows, columns}, ScalarType::Bool);
   bool* keep = static_cast<bool*>(mask.data_ptr());
   const LoraKernels& table = kernels();  // chosen before the parallel region, to raise its errors here
@@ -28,10 +29,9 @@ Tensor dropout_mask(int64_t rows, int64_t columns, double dropout_p, Tensor rng_
 
 Tensor lora_shrink(Tensor x, Tensor factor, double scaling, double dropout_p, std::optional<Tensor> rng_state) {
   constexpr const char* op = "lora_shrink";
-  check_matrix(op, "x", x);
   const DType dtype = activation_dtype(op, "x", x);
-  check_factor(op, "factor", factor, x.size(1), dtype);
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  check_factor(op, "factor", factor, x.size(1), x);
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, x.size(0), x.size(1), x);
   Tensor hidden = new_tensor(x, {x.size(0), factor.size(0)}, accumulation_type(dtype));
   shrink_into(hidden_of(hidden), with_unit_columns(x), factor, scaling, dtype, dropout);
   return hidden;
@@ -40,15 +40,11 @@ Tensor lora_shrink(Tensor x, Tensor factor, double scaling, double dropout_p, st
 void lora_accumulate_(
     Tensor out, Tensor hidden, Tensor factor, double scaling, double dropout_p, std::optional<Tensor> rng_state) {
   constexpr const char* op = "lora_accumulate_";
-  check_matrix(op, "out", out);
   const DType dtype = activation_dtype(op, "out", out);
-  STD_TORCH_CHECK(
-      !overlaps_itself(out), op, ": out is written in place and must not overlap itself, got strides (", out.stride(0),
-      ", ", out.stride(1), ")");
-  check_factor(op, "factor", factor, out.size(1), dtype);
-  const int64_t rank = check_hidden(op, hidden, out.size(0), dtype);
-  STD_TORCH_CHECK(rank == factor.size(0), op, ": factor must have hidden's rank ", rank, ", got ", shape_of(factor));
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  check_apart(op, "out", out);
+  check_factor(op, "factor", factor, out.size(1), out);
+  check_rank(op, "factor", factor, check_hidden(op, hidden, out.size(0), out));
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, out.size(0), out.size(1), out);
   Tensor rows = with_unit_columns(out);
   const Tensor left = as_contiguous(hidden);
   accumulate_into(rows, hidden_of(left), factor, scaling, dtype, dropout);
@@ -59,16 +55,12 @@ Tensor lora_matmul(
     Tensor x, Tensor matrix, std::optional<Tensor> bias, Tensor hidden, Tensor factor, double scaling, double dropout_p,
     std::optional<Tensor> rng_state) {
   constexpr const char* op = "lora_matmul";
-  check_matrix(op, "x", x);
-  check_matrix(op, "matrix", matrix);
   const DType dtype = activation_dtype(op, "x", x);
-  STD_TORCH_CHECK(matrix.size(0) == x.size(1), op, ": matrix must be [", x.size(1), ", C_out], got ", shape_of(matrix));
-  check_dtype(op, "matrix", matrix, "x", x.scalar_type());
-  check_bias(op, bias, matrix.size(1), x.scalar_type());
-  check_factor(op, "factor", factor, matrix.size(1), dtype);
-  const int64_t rank = check_hidden(op, hidden, x.size(0), dtype);
-  STD_TORCH_CHECK(rank == factor.size(0), op, ": factor must have hidden's rank ", rank, ", got ", shape_of(factor));
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  check_inner(op, matrix, x);
+  check_bias(op, bias, matrix.size(1), x);
+  check_factor(op, "factor", factor, matrix.size(1), x);
+  check_rank(op, "factor", factor, check_hidden(op, hidden, x.size(0), x));
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, x.size(0), matrix.size(1), x);
   const Tensor left = as_contiguous(hidden);
   return matmul(x, matrix, bias, hidden_of(left), factor, scaling, dtype, dropout);
 }
@@ -77,14 +69,10 @@ Tensor lora_factor_grad(
     Tensor x, Tensor hidden, double scaling, double dropout_p, std::optional<Tensor> rng_state, ScalarType dtype,
     bool transposed) {
   constexpr const char* op = "lora_factor_grad";
-  check_matrix(op, "x", x);
   const DType activations = activation_dtype(op, "x", x);
-  const int64_t rank = check_hidden(op, hidden, x.size(0), activations);
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-          dtype == ScalarType::Double,
-      op, ": dtype must be float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  const int64_t rank = check_hidden(op, hidden, x.size(0), x);
+  check_grad_dtype(op, dtype, true);
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, x.size(0), x.size(1), x);
   const int64_t columns = x.size(1);
   Tensor grad = transposed ? new_tensor(x, {columns, rank}, dtype) : new_tensor(x, {rank, columns}, dtype);
   const Tensor left = as_contiguous(hidden);
@@ -94,11 +82,10 @@ Tensor lora_factor_grad(
 
 std::tuple<Tensor, Tensor> lora_grad_b(Tensor grad_out, Tensor hidden, Tensor lora_b, double scaling) {
   constexpr const char* op = "lora_grad_b";
-  check_matrix(op, "grad_out", grad_out);
   const DType dtype = activation_dtype(op, "grad_out", grad_out);
-  const int64_t rank = check_hidden(op, hidden, grad_out.size(0), dtype);
-  check_shape(op, "lora_b", lora_b, grad_out.size(1), rank);
-  check_factor_dtype(op, "lora_b", lora_b, dtype);
+  const int64_t rank = check_hidden(op, hidden, grad_out.size(0), grad_out);
+  check_shape(op, "lora_b", lora_b, grad_out.size(1), rank, grad_out);
+  check_factor_dtype(op, "lora_b", lora_b, grad_out);
   Tensor grad_hidden = new_tensor(grad_out, {grad_out.size(0), rank}, accumulation_type(dtype));
   Tensor grad_b = new_tensor(grad_out, {grad_out.size(1), rank}, lora_b.scalar_type());
   const Tensor dy = with_unit_columns(grad_out), left = as_contiguous(hidden);
@@ -112,16 +99,9 @@ std::tuple<Tensor, Tensor> lora_linear_forward(
     Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scaling, double dropout_p,
     std::optional<Tensor> rng_state) {
   constexpr const char* op = "lora_linear_forward";
-  check_matrix(op, "x", x);
   const DType dtype = activation_dtype(op, "x", x);
-  check_matrix(op, "weight", weight);
-  STD_TORCH_CHECK(weight.size(1) == x.size(1), op, ": weight must be [N, ", x.size(1), "], got ", shape_of(weight));
-  check_dtype(op, "weight", weight, "x", x.scalar_type());
-  check_bias(op, bias, weight.size(0), x.scalar_type());
-  check_factor(op, "lora_a", lora_a, x.size(1), dtype);
-  check_shape(op, "lora_b", lora_b, weight.size(0), lora_a.size(0));
-  check_factor_dtype(op, "lora_b", lora_b, dtype);
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  check_forward(op, x, weight, bias, lora_a, lora_b);
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, x.size(0), x.size(1), x);
   Tensor hidden = new_tensor(x, {x.size(0), lora_a.size(0)}, accumulation_type(dtype));
   const Tensor rows = with_unit_columns(x);
   shrink_into(hidden_of(hidden), rows, lora_a, 1.0, dtype, dropout);
@@ -135,27 +115,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     Tensor grad_out, std::optional<Tensor> x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor hidden,
     double scaling, double dropout_p, std::optional<Tensor> rng_state, bool need_x, bool need_a, bool need_b) {
   constexpr const char* op = "lora_linear_backward";
-  check_matrix(op, "grad_out", grad_out);
   const DType dtype = activation_dtype(op, "grad_out", grad_out);
+  check_backward(op, grad_out, x, weight, lora_a, lora_b, hidden, need_a);
   const int64_t rows = grad_out.size(0), out_features = grad_out.size(1);
-  check_matrix(op, "weight", weight);
-  STD_TORCH_CHECK(
-      weight.size(0) == out_features, op, ": weight must be [", out_features, ", K], got ", shape_of(weight));
-  check_dtype(op, "weight", weight, "grad_out", grad_out.scalar_type());
-  const int64_t in_features = weight.size(1);
-  STD_TORCH_CHECK(x.has_value() || !need_a, op, ": x must be given for the gradient of lora_a, got None");
-  if (x.has_value()) {
-    check_shape(op, "x", *x, rows, in_features);
-    check_dtype(op, "x", *x, "grad_out", grad_out.scalar_type());
-  }
-  check_factor(op, "lora_a", lora_a, in_features, dtype);
-  const int64_t rank = lora_a.size(0);
-  check_shape(op, "lora_b", lora_b, out_features, rank);
-  check_factor_dtype(op, "lora_b", lora_b, dtype);
-  STD_TORCH_CHECK(
-      check_hidden(op, hidden, rows, dtype) == rank, op, ": hidden must have lora_a's rank ", rank, ", got ",
-      shape_of(hidden));
-  const Dropout dropout = make_dropout(op, dropout_p, rng_state);
+  const int64_t rank = lora_a.size(0), in_features = lora_a.size(1);
+  const Dropout dropout = make_dropout(op, dropout_p, rng_state, rows, in_features, grad_out);
 
   const Tensor dy = with_unit_columns(grad_out);
   Tensor grad_a = need_a ? new_tensor(lora_a, {rank, in_features}, lora_a.scalar_type()) : nothing_like(lora_a);

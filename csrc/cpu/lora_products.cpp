@@ -7,6 +7,8 @@
 // into float, and the rows that the large product is working on, into tiles.
 #include "lora_products.h"
 
+#include "../common/library_gemm.h"
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -133,38 +135,6 @@ void reduce_into(
     default:
       return reduce_partials(static_cast<float*>(out), sums, splits, rank, columns, factor, transposed);
   }
-}
-
-// Keeps autograd from recording: what calls these operators has a formula for the gradient of the whole.
-class NoGrad {
- public:
-  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) {
-    if (before_) aoti_torch_grad_mode_set_enabled(false);
-  }
-  ~NoGrad() {
-    if (before_) aoti_torch_grad_mode_set_enabled(true);
-  }
-  NoGrad(const NoGrad&) = delete;
-  NoGrad& operator=(const NoGrad&) = delete;
-
- private:
-  bool before_;
-};
-
-// x matrix (+ bias) by the library GEMM, into a fresh tensor; x matrix^T when transposed.
-Tensor library_matmul(const Tensor& x, const Tensor& matrix, const std::optional<Tensor>& bias, bool transposed) {
-  const NoGrad no_grad;
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack = {from(x)};
-  if (transposed || bias.has_value()) {
-    stack[1] = from(transposed ? matrix : torch::stable::transpose(matrix, 0, 1));
-    stack[2] = from(bias);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  } else {
-    stack[1] = from(matrix);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  }
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The kernel that beats the library GEMM on this product, or null. It reads the matrix once per chunk of rows and lays
@@ -330,9 +300,6 @@ Tensor matmul(
     return out;
   }
   const Tensor out = library_matmul(x, matrix, bias, transposed);
-  // Autocast would change the dtype under us; lora_linear casts before it calls.
-  STD_TORCH_CHECK(
-      out.scalar_type() == x.scalar_type(), "peft_kernels: the library GEMM changed the dtype; is autocast on?");
   accumulate_into(out, hidden, lora_factor, scaling, dtype, dropout, transposed);
   return out;
 }

@@ -3,21 +3,35 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "../common/describe.h"
+
 namespace peft_kernels {
 
+// Blocks in each direction, up to 2^31 - 1 along x and 65535 along y and z.
 struct Grid {
-  int64_t blocks;  // one-dimensional, up to 2^31 - 1
-  int threads;
+  int64_t x = 1, y = 1, z = 1;
+  int threads = 0;
   size_t dynamic_shared_bytes = 0;
+};
+
+enum class Access { read, write };
+
+// A tensor that a kernel touches: named in error messages, and all the global memory that the kernel may reach.
+struct Operand {
+  const char* name;
+  const Tensor& tensor;
+  Access access = Access::read;
 };
 
 // The current stream of torch for this device. The caller holds the device guard.
@@ -37,41 +51,47 @@ inline std::string architecture_of(int32_t device) {
   return known ? architecture_name(major * 100 + minor * 10) : "unknown architecture";
 }
 
-// Raises with all one needs to report the failure; `shapes` is the caller's account of its arguments.
+// Raises with all one needs to report the failure.
 [[noreturn]] inline void raise_launch_error(
-    const char* operation, cudaError_t error, int32_t device, const Grid& grid, const std::string& shapes) {
+    const char* operation, cudaError_t error, int32_t device, const Grid& grid,
+    std::initializer_list<Operand> operands) {
   constexpr int kCompiledFor[] = {__CUDA_ARCH_LIST__};  // from nvcc's -gencode options
   std::ostringstream text;
   text << operation << ": CUDA launch failed with " << cudaGetErrorName(error) << " (" << cudaGetErrorString(error)
        << ") on cuda:" << device << ", " << architecture_of(device) << "; this library was compiled for";
   for (const int architecture : kCompiledFor) text << " " << architecture_name(architecture);
-  text << "; " << shapes << "; grid " << grid.blocks << " x " << grid.threads << " threads, "
+  text << "; ";
+  for (const Operand& operand : operands) text << operand.name << " " << described(operand.tensor) << ", ";
+  text << "grid " << grid.x << " x " << grid.y << " x " << grid.z << " of " << grid.threads << " threads, "
        << grid.dynamic_shared_bytes << " bytes of dynamic shared memory";
   cudaGetLastError();  // the error is reported here; leave none behind for the next check
   throw std::runtime_error(text.str());
 }
 
-// Starts `kernel(arguments)` on the current stream of `device`, which the caller's guard has made current. Returns
-// without waiting; a failure to start raises. `describe()` is called only then.
-template <typename Arguments, typename Describe>
+// Starts `kernel(arguments)` on the current stream of the first operand's device, which the caller's guard has made
+// current. Returns without waiting; a failure to start raises.
+template <typename Arguments>
 void launch(
-    const char* operation, int32_t device, const Grid& grid, void (*kernel)(Arguments), const Arguments& arguments,
-    const Describe& describe) {
+    const char* operation, const Grid& grid, void (*kernel)(Arguments), const Arguments& arguments,
+    std::initializer_list<Operand> operands) {
   constexpr size_t kSharedBytesWithoutOptIn = 48 * 1024;
+  constexpr int64_t kMostAlongX = std::numeric_limits<int32_t>::max(), kMostAlongYZ = 65535;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const int32_t device = operands.begin()->tensor.get_device_index();
   cudaError_t error = cudaSuccess;
-  if (grid.blocks > std::numeric_limits<int32_t>::max()) error = cudaErrorInvalidConfiguration;
+  if (grid.x > kMostAlongX || grid.y > kMostAlongYZ || grid.z > kMostAlongYZ) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && grid.dynamic_shared_bytes > kSharedBytesWithoutOptIn) {
     error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(grid.dynamic_shared_bytes));
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.dynamic_shared_bytes));
   }
   if (error == cudaSuccess) {
     void* parameters[] = {const_cast<Arguments*>(&arguments)};
+    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
     error = cudaLaunchKernel(
-        reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(grid.blocks)),
-        dim3(static_cast<unsigned>(grid.threads)), parameters, grid.dynamic_shared_bytes, current_stream(device));
+        function, blocks, dim3(static_cast<unsigned>(grid.threads)), parameters, grid.dynamic_shared_bytes,
+        current_stream(device));
   }
-  if (error != cudaSuccess) raise_launch_error(operation, error, device, grid, describe());
+  if (error != cudaSuccess) raise_launch_error(operation, error, device, grid, operands);
 }
 
 }  // namespace peft_kernels

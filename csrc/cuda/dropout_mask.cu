@@ -1,13 +1,15 @@
-// The work of one thread of dropout_mask: 16 neighboring columns of a row, two Philox calls and one 16-byte store.
-// Shared with the CPU like lora_tile.h.
-#pragma once
-
-#include <cstdint>
+// The keep mask of a Philox stream: M C bytes written, some 60 integer instructions per 8 of them, which bounds it. A
+// thread writes 16 neighboring columns of a row: two Philox calls, one 16-byte store.
+#include <cuda_runtime.h>
+#include <launch.cuh>
 
 #include "../common/philox.h"
+#include "lora_kernels.h"
 
 namespace peft_kernels {
+namespace {
 
+constexpr int kThreads = 256;
 constexpr int kMaskUnit = 2 * kPhiloxGroup;
 
 // keep is bool [rows, columns], contiguous and 16-byte aligned, as torch allocates it.
@@ -18,12 +20,8 @@ struct MaskArguments {
   uint32_t threshold;
 };
 
-PK_HOST_DEVICE int64_t mask_units(int64_t rows, int64_t columns) {
-  return rows * ((columns + kMaskUnit - 1) / kMaskUnit);
-}
-
 // `unit` counts units along the rows; one past the last row does nothing.
-PK_HOST_DEVICE void write_mask_unit(const MaskArguments& a, int64_t unit) {
+__device__ __forceinline__ void write_mask_unit(const MaskArguments& a, int64_t unit) {
   struct alignas(16) Bytes {
     uint32_t words[4];
   };
@@ -49,6 +47,25 @@ PK_HOST_DEVICE void write_mask_unit(const MaskArguments& a, int64_t unit) {
   for (int c = 0; c < kMaskUnit; ++c) {
     if (column + c < a.columns) keep[c] = static_cast<uint8_t>(bytes.words[c / 4] >> (c % 4 * 8));
   }
+}
+
+__global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const __grid_constant__ MaskArguments a) {
+  write_mask_unit(a, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+}
+
+}  // namespace
+
+void start_dropout_mask(const char* operation, const Tensor& keep, double dropout_p, const Tensor& rng_state) {
+  if (keep.numel() == 0) return;
+  MaskArguments a = {};
+  a.keep = static_cast<uint8_t*>(keep.mutable_data_ptr());
+  a.rng_state = static_cast<const int64_t*>(rng_state.const_data_ptr());
+  a.rows = keep.size(0);
+  a.columns = keep.size(1);
+  a.threshold = dropout_threshold(dropout_p);
+  const int64_t units = a.rows * ((a.columns + kMaskUnit - 1) / kMaskUnit);
+  const Grid grid = {.x = (units + kThreads - 1) / kThreads, .threads = kThreads};
+  launch(operation, grid, dropout_mask_kernel, a, {{"rng_state", rng_state}, {"keep", keep, Access::write}});
 }
 
 }  // namespace peft_kernels

@@ -1,0 +1,32 @@
+// Element types of activations, factors and results, where a kernel learns them at run time.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+namespace peft_kernels {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+enum class DType : int32_t { float32, bfloat16, float16 };
+
+inline DType dtype_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::BFloat16 ? DType::bfloat16 : DType::float16;
+}
+
+__device__ __forceinline__ void store_float(void* data, int64_t index, DType dtype, float value) {
+  if (dtype == DType::float32) {
+    static_cast<float*>(data)[index] = value;
+  } else if (dtype == DType::bfloat16) {
+    static_cast<BFloat16*>(data)[index] = static_cast<BFloat16>(value);
+  } else {
+    static_cast<Half*>(data)[index] = static_cast<Half>(value);
+  }
+}
+
+}  // namespace peft_kernels
