@@ -14,13 +14,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SHARED := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages)
 
-.PHONY: demo test lint unit interpreted build gpu-check bench report clean
+.PHONY: demo test lint unit interpreted simulated build gpu-check bench report clean
 
 demo: build
 	$(BIN)/peft-kernels finetune --model smollm2 --method lora --r 16 --lora-alpha 32 --steps 40 \
 		--batch-size 2 --seq-len 256 --dtype bfloat16 --compare peft --output runs/demo --overwrite
 
-test: $(VENV)/.test build lint unit interpreted
+test: $(VENV)/.test build lint unit interpreted simulated
 
 lint:
 	$(BIN)/ruff check .
@@ -30,11 +30,16 @@ lint:
 	$(BIN)/lint-imports
 
 unit:
-	PEFT_KERNELS_REQUIRE_C=1 $(BIN)/python -m pytest -q tests --ignore tests/triton
+	PEFT_KERNELS_REQUIRE_C=1 $(BIN)/python -m pytest -q tests --ignore tests/triton --ignore tests/simt
 
 # Triton reads its interpreter mode at import, so these tests have a process of their own.
 interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton tests/lora/test_bad_input.py
+
+# The CUDA kernels, compiled for the CPU by the executor of tests/simt; then the tests of every backend on them.
+simulated:
+	PEFT_KERNELS_SIMULATE=1 $(BIN)/python -m pytest -q tests/simt
+	PEFT_KERNELS_SIMULATE=1 $(BIN)/python -m pytest -q tests/lora -k cpu-cuda --ignore tests/lora/test_compile.py
 
 # An up-to-date build takes seconds: ninja compiles only what changed.
 build: $(VENV)/.installed

@@ -1,4 +1,7 @@
-"""What holds for every test: NaN in fresh memory, a fixed seed, two threads, hypothesis settings."""
+"""What holds for every test: NaN in fresh memory, a fixed seed, two threads, hypothesis settings.
+
+With PEFT_KERNELS_SIMULATE=1 the CUDA kernels, executed on the CPU, serve the backend `cuda` of CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,17 @@ import torch
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # a GPU machine without a network; what needs a GPU does without hypothesis
-    collect_ignore = ["build/test_cuda_on_host.py", "build/test_philox_host.py", "lora/test_properties.py"]
+    collect_ignore = ["build/test_philox_host.py", "lora/test_properties.py"]
 else:
     settings.register_profile("default", deadline=None, max_examples=25)
     settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, print_blob=True)
     settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+if os.environ.get("PEFT_KERNELS_SIMULATE") == "1":  # before tests are generated for the places of this machine
+    from .simt.operators import register_simulated
+
+    register_simulated()
 
 
 @pytest.fixture(scope="session", autouse=True)

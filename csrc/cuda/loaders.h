@@ -33,22 +33,23 @@ __device__ __forceinline__ int clamped(int64_t value, int most) {
 }
 
 // Elements of the tile's own type, 16 bytes at a time by cp.async; one by one where the memory does not allow that.
-// What lies outside the operand becomes zero. Steps walk along the depth.
+// What lies outside the operand becomes zero. The block's tiles start at outer_block tiles and go along the depth, step
+// by step, from first_step on.
 template <typename Tile, int kThreads>
 class AsyncLoader {
  public:
   using Element = typename Tile::Element;
 
-  __device__ __forceinline__ AsyncLoader(const OperandView& view, int64_t outer_begin, int64_t depth_begin, int thread)
+  __device__ __forceinline__ AsyncLoader(const OperandView& view, int outer_block, int first_step, int thread)
       : view_(view),
         row_(thread / Tile::kChunks),
         column_(thread % Tile::kChunks * Tile::kChunk),
-        outer_begin_(outer_begin),
-        depth_begin_(depth_begin) {}
+        outer_block_(outer_block),
+        first_step_(first_step) {}
 
-  __device__ __forceinline__ void issue(Element* tile, int64_t step) {
-    const int64_t depth = depth_begin_ + step * Tile::kDepth;
-    const int64_t first_row = along_depth ? outer_begin_ : depth, first_column = along_depth ? depth : outer_begin_;
+  __device__ __forceinline__ void issue(Element* tile, int step) {
+    const int64_t outer = outer_begin(), depth = depth_begin(step);
+    const int64_t first_row = along_depth ? outer : depth, first_column = along_depth ? depth : outer;
     const int64_t row_stride = along_depth ? view_.outer_stride : view_.depth_stride;
     const int64_t column_stride = along_depth ? view_.depth_stride : view_.outer_stride;
     const int64_t rows_left = (along_depth ? view_.outer : view_.depth) - first_row;
@@ -80,6 +81,9 @@ class AsyncLoader {
   static constexpr int kRowStep = kThreads / Tile::kChunks;              // rows from one to the next
   static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kRowStep == 0);
 
+  __device__ __forceinline__ int64_t outer_begin() const { return int64_t{outer_block_} * Tile::kOuter; }
+  __device__ __forceinline__ int64_t depth_begin(int step) const { return int64_t{first_step_ + step} * Tile::kDepth; }
+
   // Where the thread's chunk i lies in the tile.
   __device__ __forceinline__ int place_of(int i) const {
     return Tile::chunk_offset(row_ + i * kRowStep, column_ / Tile::kChunk);
@@ -87,7 +91,50 @@ class AsyncLoader {
 
   const OperandView& view_;
   const int row_, column_;  // of the thread's first chunk
-  const int64_t outer_begin_, depth_begin_;
+  const int outer_block_, first_step_;
+};
+
+// The same with the rows of the tile picked from the operand by a list: row i of the block is operand row indices[i].
+// The operand lies along the depth; `view.outer` counts the list.
+template <typename Tile, int kThreads>
+class GatheringLoader : public AsyncLoader<Tile, kThreads> {
+  using Base = AsyncLoader<Tile, kThreads>;
+  using typename Base::Element;
+  static_assert(Base::along_depth);
+
+ public:
+  __device__ __forceinline__
+  GatheringLoader(const OperandView& view, const int64_t* indices, int outer_block, int first_step, int thread)
+      : Base(view, outer_block, first_step, thread) {
+#pragma unroll
+    for (int i = 0; i < Base::kShare; ++i) {
+      const int64_t place = this->outer_begin() + this->row_ + i * Base::kRowStep;
+      rows_[i] = place < view.outer ? indices[place] : kNone;
+    }
+  }
+
+  __device__ __forceinline__ void issue(Element* tile, int step) {
+    const OperandView& view = this->view_;
+    const int64_t column = this->depth_begin(step) + this->column_;
+    const int count = clamped(view.depth - column, Tile::kChunk);
+#pragma unroll
+    for (int i = 0; i < Base::kShare; ++i) {
+      const int there = rows_[i] == kNone ? 0 : count;
+      const Element* from =
+          static_cast<const Element*>(view.data) + rows_[i] * view.outer_stride + column * view.depth_stride;
+      Element* to = tile + this->place_of(i);
+      if (view.vectors) {
+        copy_async_16(to, there > 0 ? from : view.data, there * static_cast<int>(sizeof(Element)));
+      } else {
+#pragma unroll 1
+        for (int c = 0; c < Tile::kChunk; ++c) to[c] = c < there ? from[c * view.depth_stride] : Element(0.0f);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kNone = -1;
+  int64_t rows_[Base::kShare];
 };
 
 // The same with dropped elements set to zero on arrival, by the thread that brought them. The operand is stored row by
@@ -98,16 +145,16 @@ class DroppingLoader : public AsyncLoader<Tile, kThreads> {
   using typename Base::Element;
 
  public:
-  __device__ __forceinline__ DroppingLoader(
-      const OperandView& view, const DropoutView& dropout, int64_t outer_begin, int64_t depth_begin, int thread)
-      : Base(view, outer_begin, depth_begin, thread), dropout_(dropout) {}
+  __device__ __forceinline__
+  DroppingLoader(const OperandView& view, const DropoutView& dropout, int outer_block, int first_step, int thread)
+      : Base(view, outer_block, first_step, thread), dropout_(dropout) {}
 
-  __device__ __forceinline__ void arrived(Element* tile, int64_t step) {
+  __device__ __forceinline__ void arrived(Element* tile, int step) {
     if (dropout_.rng_state == nullptr) return;
     const RngState state = {dropout_.rng_state[0], dropout_.rng_state[1]};
-    const int64_t depth = this->depth_begin_ + step * Tile::kDepth;
-    const int64_t m = (Base::along_depth ? this->outer_begin_ : depth) + this->row_;
-    const int64_t c = (Base::along_depth ? depth : this->outer_begin_) + this->column_;
+    const int64_t outer = this->outer_begin(), depth = this->depth_begin(step);
+    const int64_t m = (Base::along_depth ? outer : depth) + this->row_;
+    const int64_t c = (Base::along_depth ? depth : outer) + this->column_;
 #pragma unroll 1  // a generator at a time: more would cost the registers of another block
     for (int i = 0; i < Base::kShare; ++i) {
       uint32_t words[4];
@@ -153,15 +200,15 @@ class CastLoader {
  public:
   using Element = typename Tile::Element;
 
-  __device__ __forceinline__ CastLoader(const OperandView& view, int64_t outer_begin, int64_t depth_begin, int thread)
+  __device__ __forceinline__ CastLoader(const OperandView& view, int outer_block, int first_step, int thread)
       : view_(view),
         depth_first_(view.depth_stride <= view.outer_stride),
         outer_(depth_first_ ? thread / Tile::kDepth : thread % Tile::kOuter),
         depth_(depth_first_ ? thread % Tile::kDepth : thread / Tile::kOuter),
-        outer_begin_(outer_begin),
-        depth_begin_(depth_begin) {}
+        outer_block_(outer_block),
+        first_step_(first_step) {}
 
-  __device__ __forceinline__ void issue(Element*, int64_t step) {
+  __device__ __forceinline__ void issue(Element*, int step) {
     switch (view_.dtype) {
       case DType::float32:
         return fetch<float>(step);
@@ -188,8 +235,9 @@ class CastLoader {
   static_assert(kShare * kOuterStep == Tile::kOuter && kShare * kDepthStep == Tile::kDepth);
 
   template <typename Source>
-  __device__ __forceinline__ void fetch(int64_t step) {
-    const int64_t outer = outer_begin_ + outer_, depth = depth_begin_ + step * Tile::kDepth + depth_;
+  __device__ __forceinline__ void fetch(int step) {
+    const int64_t outer = int64_t{outer_block_} * Tile::kOuter + outer_;
+    const int64_t depth = int64_t{first_step_ + step} * Tile::kDepth + depth_;
     const Source* from =
         static_cast<const Source*>(view_.data) + outer * view_.outer_stride + depth * view_.depth_stride;
     const int64_t stride = depth_first_ ? kOuterStep * view_.outer_stride : kDepthStep * view_.depth_stride;
@@ -207,7 +255,7 @@ class CastLoader {
   const OperandView& view_;
   const bool depth_first_;
   const int outer_, depth_;  // of the thread's first element
-  const int64_t outer_begin_, depth_begin_;
+  const int outer_block_, first_step_;
   float values_[kShare];
 };
 

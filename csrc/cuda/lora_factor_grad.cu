@@ -7,6 +7,7 @@
 #include <shared_memory.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "epilogues.h"
 #include "lora_kernels.h"
 #include "main_loop.h"
 #include "partial_sums.h"
@@ -21,11 +22,9 @@ struct FactorGradArguments {
   OperandView x;       // outer c, depth m
   OperandView hidden;  // outer j, depth m
   DropoutView dropout;
-  void* out;  // [splits, C r]
-  DType out_dtype;
-  int64_t column_stride, rank_stride;  // of one split's sums
+  ResultView out;  // [C, r], once per split
   float scale;
-  int64_t steps, steps_per_split;
+  int steps, steps_per_split;
 };
 
 template <typename Element, int kRank>
@@ -44,11 +43,10 @@ template <typename Element, int kRank>
 __global__ void __launch_bounds__(kLanes* kWarps) factor_grad_kernel(const __grid_constant__ FactorGradArguments a) {
   using K = FactorGrad<Element, kRank>;
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * K::kColumns, j = static_cast<int64_t>(blockIdx.z) * kRank;
-  const int64_t first_step = blockIdx.y * a.steps_per_split;
-  const int64_t steps_left = a.steps - first_step;
-  typename K::XLoader x(a.x, a.dropout, c, first_step * kDepth, thread);
-  typename K::HiddenLoader hidden(a.hidden, j, first_step * kDepth, thread);
+  const auto block = static_cast<int>(blockIdx.x), rank_block = static_cast<int>(blockIdx.z);
+  const int first_step = static_cast<int>(blockIdx.y) * a.steps_per_split, steps_left = a.steps - first_step;
+  typename K::XLoader x(a.x, a.dropout, block, first_step, thread);
+  typename K::HiddenLoader hidden(a.hidden, rank_block, first_step, thread);
   typename K::Loop loop(
       x, hidden, steps_left < a.steps_per_split ? steps_left : a.steps_per_split,
       dynamic_shared_memory<unsigned char>());
@@ -56,13 +54,9 @@ __global__ void __launch_bounds__(kLanes* kWarps) factor_grad_kernel(const __gri
   sums.clear();
   loop.start();
   loop.run(thread, sums);
-  const int64_t columns = a.x.outer, rank = a.hidden.outer, split = blockIdx.y * columns * rank;
-  sums.for_each_pair(thread, [&](int row, int column, float first, float second) {
-    if (c + row >= columns) return;
-    const int64_t index = split + (c + row) * a.column_stride + (j + column) * a.rank_stride;
-    if (j + column < rank) store_float(a.out, index, a.out_dtype, first * a.scale);
-    if (j + column + 1 < rank) store_float(a.out, index + a.rank_stride, a.out_dtype, second * a.scale);
-  });
+  ResultView out = a.out;  // of this split; more than one are float
+  if (gridDim.y > 1) out.data = static_cast<float*>(out.data) + blockIdx.y * out.rows * out.columns;
+  store_scaled(out, int64_t{block} * K::kColumns, int64_t{rank_block} * kRank, a.scale, thread, sums);
 }
 
 template <typename Element, int kRank>
@@ -74,10 +68,8 @@ void start(
   a.x = operand_view(x, 1, Along::outer);
   a.hidden = operand_view(hidden, 1, Along::depth);
   a.dropout = dropout_view(dropout);
-  a.column_stride = transposed ? a.hidden.outer : 1;
-  a.rank_stride = transposed ? 1 : a.x.outer;
   a.scale = static_cast<float>(scaling * dropout.scale);
-  a.steps = (a.x.depth + kDepth - 1) / kDepth;
+  a.steps = static_cast<int>((a.x.depth + kDepth - 1) / kDepth);
   const int64_t column_blocks = (a.x.outer + K::kColumns - 1) / K::kColumns;
   const int64_t rank_blocks = (a.hidden.outer + kRank - 1) / kRank;
   const Splits splits = split_steps(a.steps, column_blocks * rank_blocks);
@@ -85,8 +77,9 @@ void start(
   const Tensor sums = splits.count == 1
                           ? out
                           : torch::stable::new_empty(out, {splits.count, out.size(0), out.size(1)}, ScalarType::Float);
-  a.out = sums.mutable_data_ptr();
-  a.out_dtype = dtype_of(sums.scalar_type());
+  const int64_t columns = a.x.outer, rank = a.hidden.outer;
+  a.out = {sums.mutable_data_ptr(),     columns, rank, transposed ? rank : 1, transposed ? 1 : columns,
+           dtype_of(sums.scalar_type())};
   const Grid grid = {column_blocks, splits.count, rank_blocks, K::Shape::kThreads, K::Loop::kSharedBytes};
   launch(
       operation, grid, factor_grad_kernel<Element, kRank>, a,

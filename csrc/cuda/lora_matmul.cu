@@ -8,6 +8,7 @@
 #include <launch.cuh>
 #include <shared_memory.h>
 
+#include "epilogues.h"
 #include "lora_kernels.h"
 #include "main_loop.h"
 #include "views.h"
@@ -22,11 +23,8 @@ struct MatmulArguments {
   OperandView matrix;  // outer n, depth k
   OperandView hidden;  // outer m, depth j
   OperandView factor;  // outer n, depth j
-  const void* bias;    // may be null
-  int64_t bias_stride;
   DropoutView dropout;
-  void* out;  // [M, C_out]
-  bool out_vectors;
+  DenseView out;  // [M, C_out]
   float scale;
 };
 
@@ -42,25 +40,39 @@ struct Matmul {
   using Loop = MainLoop<Shape, XTile, MatrixTile, XLoader, MatrixLoader>;
   using HiddenTile = Tile<Element, Along::depth, Shape::kM, kRankDepth>;
   using FactorTile = Tile<Element, Along::depth, Shape::kN, kRankDepth>;
-  using OutTile = Tile<Element, Along::depth, Shape::kM, Shape::kN>;
   // What the product of rank r works in, all within one stage.
   static constexpr int kMaskOffset = HiddenTile::kBytes + FactorTile::kBytes;
   static_assert(kMaskOffset + Shape::kM * Shape::kN / kPhiloxGroup <= Loop::kStageBytes);
-  static_assert(OutTile::kBytes <= Loop::kSharedBytes);
+  static_assert(Shape::kM * Shape::kN * sizeof(Element) <= Loop::kSharedBytes);  // where the result is staged
 };
+
+// Blocks go down eight rows of blocks before they move to the next column: what runs at a time shares both operands in
+// L2.
+struct BlockPlace {
+  int row, column;
+};
+
+__device__ __forceinline__ BlockPlace block_place(int block, int row_blocks, int column_blocks) {
+  constexpr int kGroup = 8;
+  const int group = block / (kGroup * column_blocks), first = group * kGroup;
+  const int height = row_blocks - first < kGroup ? row_blocks - first : kGroup;
+  const int within = block - first * column_blocks;
+  return {first + within % height, within / height};
+}
 
 // sums += hidden factor, 32 ranks at a time.
 template <typename K>
 __device__ __forceinline__ void multiply_low_rank(
-    const MatmulArguments& a, int64_t m, int64_t n, int thread, unsigned char* shared, Sums<typename K::Shape>& sums) {
+    const MatmulArguments& a, const BlockPlace& place, int thread, unsigned char* shared,
+    Sums<typename K::Shape>& sums) {
   using Element = typename K::Element;
   auto* hidden_tile = reinterpret_cast<Element*>(shared);
   auto* factor_tile = reinterpret_cast<Element*>(shared + K::HiddenTile::kBytes);
-  CastLoader<typename K::HiddenTile, K::Shape::kThreads> hidden(a.hidden, m, 0, thread);
-  CastLoader<typename K::FactorTile, K::Shape::kThreads> factor(a.factor, n, 0, thread);
-  const int64_t steps = (a.hidden.depth + kRankDepth - 1) / kRankDepth;
+  CastLoader<typename K::HiddenTile, K::Shape::kThreads> hidden(a.hidden, place.row, 0, thread);
+  CastLoader<typename K::FactorTile, K::Shape::kThreads> factor(a.factor, place.column, 0, thread);
+  const int steps = static_cast<int>((a.hidden.depth + kRankDepth - 1) / kRankDepth);
 #pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     hidden.issue(hidden_tile, step);
     factor.issue(factor_tile, step);
     if (step > 0) __syncthreads();  // all warps are done with the tiles before
@@ -106,73 +118,27 @@ __device__ __forceinline__ void scale_and_drop(
   });
 }
 
-// out = sums + bias, by way of shared memory: a lane holds pairs, and memory wants whole lines.
-template <typename K>
-__device__ __forceinline__ void store(
-    const MatmulArguments& a, int64_t m, int64_t n, int thread, unsigned char* shared, Sums<typename K::Shape>& sums) {
-  using Element = typename K::Element;
-  using Tile = typename K::OutTile;
-  auto* staged = reinterpret_cast<Element*>(shared);
-  const auto* bias = static_cast<const Element*>(a.bias);
-  const int64_t rows = a.x.outer - m, columns = a.matrix.outer - n;
-  sums.for_each_pair(thread, [&](int row, int column, float first, float second) {
-    if (bias != nullptr) {
-      if (column < columns) first += static_cast<float>(bias[(n + column) * a.bias_stride]);
-      if (column + 1 < columns) second += static_cast<float>(bias[(n + column + 1) * a.bias_stride]);
-    }
-    const uint32_t low = static_cast<Element>(first).x, high = static_cast<Element>(second).x;
-    *reinterpret_cast<uint32_t*>(staged + Tile::offset(row, column)) = low | high << 16;
-  });
-  __syncthreads();
-  auto* out = static_cast<Element*>(a.out) + m * a.matrix.outer + n;
-#pragma unroll
-  for (int index = thread; index < Tile::kRows * Tile::kChunks; index += K::Shape::kThreads) {
-    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks, column = chunk * Tile::kChunk;
-    if (row >= rows) continue;
-    const Element* from = staged + Tile::chunk_offset(row, chunk);
-    Element* to = out + row * a.matrix.outer + column;
-    if (a.out_vectors && column + Tile::kChunk <= columns) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int c = 0; c < Tile::kChunk && column + c < columns; ++c) to[c] = from[c];
-    }
-  }
-}
-
-// Blocks go down eight rows of blocks before they move to the next column: what runs at a time shares both operands in
-// L2.
-struct BlockPlace {
-  int64_t row, column;
-};
-
-__device__ __forceinline__ BlockPlace block_place(int64_t block, int64_t row_blocks, int64_t column_blocks) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = block / (kGroup * column_blocks), first = group * kGroup;
-  const int64_t height = row_blocks - first < kGroup ? row_blocks - first : kGroup;
-  const int64_t within = block - first * column_blocks;
-  return {first + within % height, within / height};
-}
-
 template <typename Shape, Along along>
 __global__ void __launch_bounds__(Shape::kThreads) matmul_kernel(const __grid_constant__ MatmulArguments a) {
   using K = Matmul<Shape, along>;
   const int thread = static_cast<int>(threadIdx.x);
   auto* shared = dynamic_shared_memory<unsigned char>();
-  const BlockPlace place =
-      block_place(blockIdx.x, (a.x.outer + Shape::kM - 1) / Shape::kM, (a.matrix.outer + Shape::kN - 1) / Shape::kN);
-  const int64_t m = place.row * Shape::kM, n = place.column * Shape::kN;
-  typename K::XLoader x(a.x, m, 0, thread);
-  typename K::MatrixLoader matrix(a.matrix, n, 0, thread);
-  typename K::Loop loop(x, matrix, (a.x.depth + kDepth - 1) / kDepth, shared);
+  const BlockPlace place = block_place(
+      static_cast<int>(blockIdx.x), static_cast<int>((a.x.outer + Shape::kM - 1) / Shape::kM),
+      static_cast<int>((a.matrix.outer + Shape::kN - 1) / Shape::kN));
+  const int64_t m = int64_t{place.row} * Shape::kM, n = int64_t{place.column} * Shape::kN;
+  typename K::XLoader x(a.x, place.row, 0, thread);
+  typename K::MatrixLoader matrix(a.matrix, place.column, 0, thread);
+  typename K::Loop loop(x, matrix, static_cast<int>((a.x.depth + kDepth - 1) / kDepth), shared);
   Sums<Shape> sums;
   sums.clear();
   loop.start();
   unsigned char* free_stage = shared + (Shape::kStages - 1) * K::Loop::kStageBytes;
-  multiply_low_rank<K>(a, m, n, thread, free_stage, sums);
+  multiply_low_rank<K>(a, place, thread, free_stage, sums);
   scale_and_drop(a, m, n, thread, free_stage + K::kMaskOffset, sums);
   loop.run(thread, sums);
   __syncthreads();  // the stages become the staging memory
-  store<K>(a, m, n, thread, shared, sums);
+  store_dense(a.out, m, n, thread, shared, sums);
 }
 
 template <typename Element>
@@ -190,11 +156,14 @@ void start(
   a.matrix = operand_view(matrix, 1, along);
   a.hidden = operand_view(hidden, 0, Along::depth);
   a.factor = operand_view(factor, 1, Along::depth);
-  a.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  a.bias_stride = bias.has_value() ? bias->stride(0) : 0;
   a.dropout = dropout_view(dropout);
-  a.out = out.mutable_data_ptr();
-  a.out_vectors = allows_vectors(a.out, out.size(1), 1, out.element_size());
+  a.out = {
+      out.mutable_data_ptr(),
+      bias.has_value() ? bias->const_data_ptr() : nullptr,
+      bias.has_value() ? bias->stride(0) : 0,
+      out.size(0),
+      out.size(1),
+      allows_vectors(out.const_data_ptr(), out.size(1), 1, out.element_size())};
   a.scale = static_cast<float>(scaling * dropout.scale);
   const int64_t row_blocks = (a.x.outer + Shape::kM - 1) / Shape::kM;
   const int64_t column_blocks = (a.matrix.outer + Shape::kN - 1) / Shape::kN;

@@ -8,6 +8,7 @@
 #include <shared_memory.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "epilogues.h"
 #include "lora_kernels.h"
 #include "main_loop.h"
 #include "partial_sums.h"
@@ -22,9 +23,9 @@ struct ShrinkArguments {
   OperandView x;       // outer m, depth c
   OperandView factor;  // outer j, depth c
   DropoutView dropout;
-  float* out;  // [splits, M, r]
+  ResultView out;  // [M, r], float, once per split
   float scale;
-  int64_t steps, steps_per_split;
+  int steps, steps_per_split;
 };
 
 template <typename Element, int kRank>
@@ -43,11 +44,10 @@ template <typename Element, int kRank>
 __global__ void __launch_bounds__(kLanes* kWarps) shrink_kernel(const __grid_constant__ ShrinkArguments a) {
   using K = Shrink<Element, kRank>;
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t m = static_cast<int64_t>(blockIdx.x) * kRows, j = static_cast<int64_t>(blockIdx.z) * kRank;
-  const int64_t first_step = blockIdx.y * a.steps_per_split;
-  const int64_t steps_left = a.steps - first_step;
-  typename K::XLoader x(a.x, a.dropout, m, first_step * K::kDepth, thread);
-  typename K::FactorLoader factor(a.factor, j, first_step * K::kDepth, thread);
+  const auto block = static_cast<int>(blockIdx.x), rank_block = static_cast<int>(blockIdx.z);
+  const int first_step = static_cast<int>(blockIdx.y) * a.steps_per_split, steps_left = a.steps - first_step;
+  typename K::XLoader x(a.x, a.dropout, block, first_step, thread);
+  typename K::FactorLoader factor(a.factor, rank_block, first_step, thread);
   typename K::Loop loop(
       x, factor, steps_left < a.steps_per_split ? steps_left : a.steps_per_split,
       dynamic_shared_memory<unsigned char>());
@@ -55,13 +55,9 @@ __global__ void __launch_bounds__(kLanes* kWarps) shrink_kernel(const __grid_con
   sums.clear();
   loop.start();
   loop.run(thread, sums);
-  const int64_t rows = a.x.outer, rank = a.factor.outer;
-  float* out = a.out + (blockIdx.y * rows + m) * rank + j;
-  sums.for_each_pair(thread, [&](int row, int column, float first, float second) {
-    if (m + row >= rows) return;
-    if (j + column < rank) out[row * rank + column] = first * a.scale;
-    if (j + column + 1 < rank) out[row * rank + column + 1] = second * a.scale;
-  });
+  ResultView out = a.out;  // of this split
+  out.data = static_cast<float*>(out.data) + blockIdx.y * out.rows * out.columns;
+  store_scaled(out, int64_t{block} * kRows, int64_t{rank_block} * kRank, a.scale, thread, sums);
 }
 
 template <typename Element, int kRank>
@@ -74,13 +70,13 @@ void start(
   a.factor = operand_view(factor, 0, Along::depth);
   a.dropout = dropout_view(dropout);
   a.scale = static_cast<float>(scaling * dropout.scale);
-  a.steps = (a.x.depth + K::kDepth - 1) / K::kDepth;
+  a.steps = static_cast<int>((a.x.depth + K::kDepth - 1) / K::kDepth);
   const int64_t row_blocks = (a.x.outer + kRows - 1) / kRows, rank_blocks = (a.factor.outer + kRank - 1) / kRank;
   const Splits splits = split_steps(a.steps, row_blocks * rank_blocks);
   a.steps_per_split = splits.steps_per_split;
   const Tensor sums =
       splits.count == 1 ? out : torch::stable::new_empty(out, {splits.count, a.x.outer, a.factor.outer});
-  a.out = static_cast<float*>(sums.mutable_data_ptr());
+  a.out = {sums.mutable_data_ptr(), a.x.outer, a.factor.outer, a.factor.outer, 1, DType::float32};
   const Grid grid = {row_blocks, splits.count, rank_blocks, K::Shape::kThreads, K::Loop::kSharedBytes};
   launch(
       operation, grid, shrink_kernel<Element, kRank>, a,

@@ -100,9 +100,11 @@ __device__ __forceinline__ void multiply_tiles(
     const typename Shape::Element* left_tile, const typename Shape::Element* right_tile, int thread,
     Sums<Shape>& sums) {
   using Element = typename Shape::Element;
+  // Fragments loaded ahead hide the latency of shared memory where warps are few, and cost registers where not.
+  constexpr int kUnroll = kTerms<Element> == 2 ? 1 : Shape::kMmaM * Shape::kMmaN >= 16 ? 4 : 2;
   const int warp = thread / kLanes, lane = thread % kLanes;
   const int row = warp / Shape::kWarpsN * Shape::kWarpM, column = warp % Shape::kWarpsN * Shape::kWarpN;
-#pragma unroll
+#pragma unroll(kUnroll)
   for (int k = 0; k < LeftTile::kDepth; k += LeftTile::kMmaDepth) {
     uint32_t left[Shape::kMmaM][kTerms<Element>][4];
     uint32_t right[Shape::kMmaN / 2][kTerms<Element>][2][2];
@@ -141,7 +143,7 @@ class MainLoop {
   static constexpr int kStageBytes = LeftTile::kBytes + RightTile::kBytes;
   static constexpr int kSharedBytes = Shape::kStages * kStageBytes;
 
-  __device__ __forceinline__ MainLoop(LeftLoader& left, RightLoader& right, int64_t steps, unsigned char* shared)
+  __device__ __forceinline__ MainLoop(LeftLoader& left, RightLoader& right, int steps, unsigned char* shared)
       : left_(left), right_(right), steps_(steps), shared_(shared) {}
 
   // Brings the first tiles under way.
@@ -160,9 +162,9 @@ class MainLoop {
 
   __device__ __forceinline__ void run(int thread, Sums<Shape>& sums) {
     int stage = 0, last = Shape::kStages - 1;  // of this step, and of the one kStages - 1 ahead
-    for (int64_t step = 0; step < steps_; ++step) {
+    for (int step = 0; step < steps_; ++step) {
       wait_copies<Shape::kStages - 2>();
-      const int64_t settling = step + Shape::kStages - 2;  // issued in the step before
+      const int settling = step + Shape::kStages - 2;  // issued in the step before
       if (step > 0 && settling < steps_) {
         const int target = last == 0 ? Shape::kStages - 1 : last - 1;
         left_.settle(left_tile(target));
@@ -170,7 +172,7 @@ class MainLoop {
       }
       left_.arrived(left_tile(stage), step);
       __syncthreads();  // this step's tiles are whole, and all warps are done with those of the step before
-      const int64_t next = step + Shape::kStages - 1;
+      const int next = step + Shape::kStages - 1;
       if (next < steps_) {
         left_.issue(left_tile(last), next);
         right_.issue(right_tile(last), next);
@@ -193,7 +195,7 @@ class MainLoop {
 
   LeftLoader& left_;
   RightLoader& right_;
-  const int64_t steps_;
+  const int steps_;
   unsigned char* const shared_;
 };
 

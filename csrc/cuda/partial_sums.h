@@ -14,15 +14,15 @@ using torch::stable::Tensor;
 // How a loop of `steps` is cut over blocks. A split is worth its partial sums only while it still takes four steps;
 // the wish for blocks is a constant, since the order of additions must not depend on the machine.
 struct Splits {
-  int64_t steps_per_split, count;
+  int steps_per_split, count;
 };
 
-inline Splits split_steps(int64_t steps, int64_t blocks_beside) {
-  constexpr int64_t kWantedBlocks = 132 * 4, kLeastSteps = 4;
-  const int64_t wanted = kWantedBlocks / (blocks_beside > 0 ? blocks_beside : 1), most = steps / kLeastSteps;
-  const int64_t cut = wanted < most ? wanted : most;
+inline Splits split_steps(int steps, int64_t blocks_beside) {
+  constexpr int kWantedBlocks = 132 * 4, kLeastSteps = 4;
+  const auto wanted = static_cast<int>(kWantedBlocks / (blocks_beside > 0 ? blocks_beside : 1));
+  const int most = steps / kLeastSteps, cut = wanted < most ? wanted : most;
   if (cut <= 1) return {steps, 1};
-  const int64_t each = (steps + cut - 1) / cut;
+  const int each = (steps + cut - 1) / cut;
   return {each, (steps + each - 1) / each};
 }
 

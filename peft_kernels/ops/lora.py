@@ -109,17 +109,17 @@ def _triton_launchers() -> dict[str, Callable[..., Any]] | str:
 
 def _register() -> None:
     triton = _triton_launchers()
-    for name, definition, fake, cuda in (
-        ("dropout_mask", philox.dropout_mask, _fake_dropout_mask, True),
-        ("lora_shrink", reference.lora_shrink, _fake_shrink, False),
-        ("lora_accumulate_", reference.lora_accumulate_, _fake_accumulate_, True),
-        ("lora_matmul", reference.lora_matmul, _fake_matmul, False),
-        ("lora_factor_grad", reference.lora_factor_grad, _fake_factor_grad, False),
-        ("lora_grad_b", reference.lora_grad_b, _fake_grad_b, False),
-        ("lora_linear_forward", reference.lora_linear_forward, _fake_linear_forward, False),
-        ("lora_linear_backward", reference.lora_linear_backward, _fake_linear_backward, False),
+    for name, definition, fake in (
+        ("dropout_mask", philox.dropout_mask, _fake_dropout_mask),
+        ("lora_shrink", reference.lora_shrink, _fake_shrink),
+        ("lora_accumulate_", reference.lora_accumulate_, _fake_accumulate_),
+        ("lora_matmul", reference.lora_matmul, _fake_matmul),
+        ("lora_factor_grad", reference.lora_factor_grad, _fake_factor_grad),
+        ("lora_grad_b", reference.lora_grad_b, _fake_grad_b),
+        ("lora_linear_forward", reference.lora_linear_forward, _fake_linear_forward),
+        ("lora_linear_backward", reference.lora_linear_backward, _fake_linear_backward),
     ):
-        register_operator(name, reference=definition, fake=fake, cuda=cuda, triton=triton)
+        register_operator(name, reference=definition, fake=fake, cuda=True, triton=triton)
 
 
 _register()

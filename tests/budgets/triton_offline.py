@@ -3,19 +3,14 @@
 The launchers are called on tensors without memory while `common.launch` is replaced by a recorder; each recorded launch
 is then compiled ahead of time for one architecture with the specialization that Triton itself would choose for these
 arguments, and the cubin is read with the tools in Triton's wheel. So the figures are those of the kernels that users'
-calls run, tiles included. `triton.json` beside this file holds what a change must not exceed; `python -m tests.budgets
-update triton` writes it anew.
+calls run, tiles included.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import re
-import subprocess
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,24 +23,14 @@ from peft_kernels.triton_kernels import common
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_calls
-from .nvcc import Kernel, find_nvdisasm, parse_disassembly
+from . import machine_code, triton_calls
+from .kernel import Kernel, Measurement
+from .occupancy import MULTIPROCESSORS
 
-BUDGETS = Path(__file__).with_name("triton.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
-}  # fmt: skip
-"""Architecture to the bytes of shared memory that one block may use."""
-
-MATRIX_OPCODES = ("UTCHMMA", "HGMMA", "HMMA", "FFMA")
-"""Tensor cores of Blackwell, Hopper and Ampere, and the scalar unit, the best first."""
-
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int8: "i8",
 }  # fmt: skip
-# Figures move a little with every change of the compiler's mind; these steps are what a change may cost unnoticed.
-_REGISTER_STEP, _INSTRUCTION_STEP = 8, 100
 
 
 @dataclass(frozen=True)
@@ -105,27 +90,22 @@ def recorded(calls: dict[str, triton_calls.Calls], architecture: str) -> list[La
 
     with (
         patch.object(common, "launch", record),
-        patch.object(common, "shared_memory", lambda device: SHARED_MEMORY[architecture]),
+        patch.object(common, "shared_memory", lambda device: MULTIPROCESSORS[architecture].block_shared),
     ):
         for current, call in calls.items():  # noqa: B007 - the recorder reads it
             call()
     return list(launches.values())
 
 
-Measured = dict[str, dict[str, Kernel]]
-"""Architecture to launch (`shrink_kernel of forward bf16 r16`) to figures."""
-
-
-def measure() -> Measured:
+def measure() -> Measurement:
     """Compiles every budgeted launch for every architecture: a minute of two processors, seconds once cached."""
     counts = {architecture: len(recorded(triton_calls.BUDGETED, architecture)) for architecture in ARCHITECTURES}
     jobs = [(architecture, index) for architecture, count in counts.items() for index in range(count)]
-    measured: Measured = {}
+    measured = Measurement(f"triton {triton.__version__}")
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for (architecture, _), (name, kernel) in zip(jobs, pool.map(_measure_one, jobs), strict=True):
-            names = measured.setdefault(architecture, {})
-            names[name if name not in names else f"{name}, again"] = kernel
+            measured.add(name, architecture, kernel)
     return measured
 
 
@@ -136,99 +116,6 @@ def _measure_one(job: tuple[str, int]) -> tuple[str, Kernel]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        kernel = parse_usage(_run("cuobjdump", "-res-usage", file.name))
-        (kernel.opcodes,) = parse_disassembly(_run("nvdisasm", "-c", file.name)).values()
-    kernel.shared = compiled.metadata.shared
+        (kernel,) = machine_code.parse(machine_code.dump(Path(file.name)), architecture).values()
+    kernel.dynamic_shared = compiled.metadata.shared
     return launch.name, kernel
-
-
-def _run(tool: str, *arguments: str) -> str:
-    path = Path(find_nvdisasm()).with_name(tool)
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def parse_usage(text: str) -> Kernel:
-    """Registers and stack of the one kernel in a cubin, from `cuobjdump -res-usage`."""
-    match = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
-    assert match is not None, f"no resource usage in {text!r}"
-    registers, stack, local = (int(number) for number in match.groups())
-    return Kernel(registers=registers, stack=stack + local)
-
-
-def plain_opcodes(kernel: Kernel) -> Counter[str]:
-    """Instructions without their modifiers: `HGMMA` for `HGMMA.64x256x16.F32.BF16`."""
-    plain: Counter[str] = Counter()
-    for opcode, count in kernel.opcodes.items():
-        name = opcode.split(".")[0]
-        plain["FFMA" if name == "FFMA2" else name] += count  # Blackwell's two at once
-    return plain
-
-
-def matrix_opcode(kernel: Kernel) -> str | None:
-    """What the kernel multiplies matrices with; None when it does not."""
-    found = plain_opcodes(kernel)
-    # A few scalar multiply-adds are no matrix product.
-    return next((opcode for opcode in MATRIX_OPCODES if found[opcode] > (32 if opcode == "FFMA" else 0)), None)
-
-
-def load_budgets() -> dict[str, Any]:
-    """The committed figures.
-
-    `{"triton": version, "kernels": {architecture: {launch: {"registers", "shared", "instructions", "matrix"}}}}`.
-    """
-    budgets: dict[str, Any] = json.loads(BUDGETS.read_text())
-    return budgets
-
-
-def budget_of(kernel: Kernel) -> dict[str, Any]:
-    """The figures of a kernel as a budget: rounded up to the next step, and its matrix opcode."""
-    return {
-        "registers": common.ceil_div(kernel.registers, _REGISTER_STEP) * _REGISTER_STEP,
-        "shared": kernel.shared,
-        "instructions": common.ceil_div(kernel.opcodes.total(), _INSTRUCTION_STEP) * _INSTRUCTION_STEP,
-        "matrix": matrix_opcode(kernel),
-    }
-
-
-def differences(measured: Measured, budgets: dict[str, Any]) -> list[str]:
-    """One line for each figure beyond its budget, each kernel without one, and each budget without a kernel."""
-    lines = []
-    for architecture in sorted({*measured, *budgets["kernels"]}):
-        kernels, allowed = measured.get(architecture, {}), budgets["kernels"].get(architecture, {})
-        lines += [f"{architecture} {name}: no budget" for name in kernels if name not in allowed]
-        lines += [f"{architecture} {name}: no such kernel any more" for name in allowed if name not in kernels]
-        for name in sorted(set(kernels) & set(allowed)):
-            found = budget_of(kernels[name])
-            lines += [
-                f"{architecture} {name}: {figure} {found[figure]}, budget {limit}"
-                for figure, limit in allowed[name].items()
-                if figure != "matrix" and found[figure] > limit
-            ]
-            if found["matrix"] != allowed[name]["matrix"]:
-                lines.append(f"{architecture} {name}: uses {found['matrix']}, expected {allowed[name]['matrix']}")
-    return lines
-
-
-def update() -> None:
-    """Writes the figures of this machine's Triton as the new budgets; refuses kernels that spill."""
-    measured = measure()
-    if spilling := spills(measured):
-        raise RuntimeError("kernels that spill get no budget:\n" + "\n".join(spilling))
-    if BUDGETS.exists():
-        print("\n".join(differences(measured, load_budgets())) or "nothing grew")
-    kernels = {
-        architecture: {name: budget_of(kernel) for name, kernel in sorted(found.items())}
-        for architecture, found in measured.items()
-    }
-    BUDGETS.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=2) + "\n")
-
-
-def spills(measured: Measured) -> list[str]:
-    """The kernels that put anything into local memory."""
-    lines = []
-    for architecture, kernels in measured.items():
-        for name, kernel in kernels.items():
-            accesses = plain_opcodes(kernel)["LDL"] + plain_opcodes(kernel)["STL"]
-            if kernel.stack or accesses:
-                lines.append(f"{architecture} {name}: {kernel.stack} bytes of stack, {accesses} loads and stores of it")
-    return lines

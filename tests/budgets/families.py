@@ -1,0 +1,116 @@
+"""What each family of kernels promises, by name: the rules that `update` does not rewrite.
+
+A kernel keeps the promises of every line whose pattern is its whole name; a CUDA kernel without a line is a fault.
+Names are regular expressions, opcodes are shell patterns. Write the line before the kernel is tuned: it says what the
+design is worth, budgets.json what the compiler makes of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .main_loop import tile_intensity
+
+Figure = int | float | Callable[[re.Match[str]], float]
+"""A figure, or how it follows from the name: `lambda name: tile_intensity(int(name["rows"]), 64)`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of the table.
+
+    Attributes:
+        name: a regular expression for the whole kernel name, template arguments included.
+        architecture: a shell pattern.
+        opcodes: instructions that the kernel must contain.
+        promised: the least multiply-adds per byte loaded from shared memory in the main loop. `tile_intensity(WM, WN)`
+            is that of a warp tile of WM x WN elements; loads beside those of fragments lower it.
+        blocks: the least blocks at once on a multiprocessor.
+        dynamic_shared: the most dynamic shared memory in bytes that a launch of this CUDA kernel asks for. The machine
+            code does not say; kernels with `extern __shared__` memory need it here. (Triton tells.)
+    """
+
+    part: str
+    name: str
+    architecture: str = "*"
+    opcodes: tuple[str, ...] = ()
+    promised: Figure = 0
+    blocks: int = 0
+    dynamic_shared: Figure = 0
+
+
+WIDE = ("LDG.*128*", "STG.*128*")
+"""Global memory, 16 bytes a thread."""
+
+TENSOR_CORES = ("HMMA.*", "LDSM.*.4", "LDGSTS.*128*")
+"""Matrix instructions on fragments of four matrices a load, on tiles that reach shared memory without registers."""
+
+_PRODUCTS = r"(shrink|matmul|factor_grad|grad_b|accumulate)_kernel of .*bf16.*"
+
+
+def _int(name: re.Match[str], group: str) -> int:
+    return int(name[group])
+
+
+FAMILIES = (
+    Family("cuda", r"accumulate_kernel<.*>", opcodes=(*WIDE, "LDS.*128*", "STS.*128*", "FFMA*"), blocks=2),
+    Family("cuda", r"dropout_mask_kernel", opcodes=("STG.*128*", "IMAD.*"), blocks=4),
+    Family("cuda", r"partial_sums_kernel", blocks=4),
+    # The dynamic shared memory is all stages of both tiles. A warp of the large product owns WM x WN of the result; the
+    # skinny products promise nothing, as they touch up their tiles in shared memory where dropout wants it.
+    Family(
+        "cuda",
+        r"matmul_kernel<BlockShape<\w+, (?P<m>\d+), (?P<n>\d+), (?P<warps_m>\d), (?P<warps_n>\d), (?P<stages>\d)>, .*>",
+        opcodes=TENSOR_CORES,
+        promised=lambda name: tile_intensity(
+            _int(name, "m") // _int(name, "warps_m"), _int(name, "n") // _int(name, "warps_n")
+        ),
+        dynamic_shared=lambda name: _int(name, "stages") * (_int(name, "m") + _int(name, "n")) * 64 * 2,
+    ),
+    Family(
+        "cuda",
+        r"shrink_kernel<\w+, (?P<rank>\d+)>",
+        opcodes=TENSOR_CORES,
+        dynamic_shared=lambda name: 4 * (64 + _int(name, "rank")) * 128,
+    ),
+    Family(
+        "cuda",
+        r"factor_grad_kernel<(?P<element>\w+), (?P<rank>\d+)>",
+        opcodes=TENSOR_CORES,
+        dynamic_shared=lambda name: 4 * 32 * (256 + _int(name, "rank") * (4 if name["element"] == "float" else 2)),
+    ),
+    # 16-bit products run on the best tensor-core instruction that the architecture has.
+    Family("triton", _PRODUCTS, "sm_80", opcodes=("HMMA.*",)),
+    Family("triton", _PRODUCTS, "sm_90", opcodes=("HGMMA.*",)),
+    Family("triton", _PRODUCTS, "sm_100", opcodes=("UTCHMMA*",)),
+    # Rows of x are contiguous: 16 bytes at a time, straight into shared memory. Lost alignment hints show here first.
+    Family("triton", r"(shrink|matmul|factor_grad|grad_b)_kernel of .*", opcodes=("LDGSTS*128*",)),
+)
+
+
+def families_of(part: str, name: str, architecture: str) -> Iterator[tuple[Family, re.Match[str]]]:
+    """The lines that hold for a kernel, with the groups of its name."""
+    for family in FAMILIES:
+        found = re.fullmatch(family.name, name)
+        if found and family.part == part and fnmatchcase(architecture, family.architecture):
+            yield family, found
+
+
+def figure_of(value: Figure, name: re.Match[str]) -> float:
+    """The figure itself."""
+    return value(name) if callable(value) else value
+
+
+def dynamic_shared(part: str, name: str, architecture: str) -> int:
+    """What a launch asks for at most, of all lines."""
+    lines = families_of(part, name, architecture)
+    return int(max((figure_of(family.dynamic_shared, found) for family, found in lines), default=0))
+
+
+def promised(part: str, name: str, architecture: str) -> float:
+    """The highest intensity that any line promises."""
+    lines = families_of(part, name, architecture)
+    return max((figure_of(family.promised, found) for family, found in lines), default=0)

@@ -1,0 +1,40 @@
+// ldmatrix and mma.sync in the executor; the fragments are described in csrc/cuda/ptx/matrix.h.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx/copy_async.h>
+
+namespace peft_kernels {
+
+template <int count>
+SIMT_INLINE void load_matrices(uint32_t (&matrices)[count], const void* row, SIMT_HERE) {
+  static_assert(count == 2 || count == 4);
+  simt::load_matrices(matrices, count, false, row, SIMT_SITE);
+}
+
+template <int count>
+SIMT_INLINE void load_matrices_transposed(uint32_t (&matrices)[count], const void* row, SIMT_HERE) {
+  static_assert(count == 2 || count == 4);
+  simt::load_matrices(matrices, count, true, row, SIMT_SITE);
+}
+
+SIMT_INLINE void multiply_bf16(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2], SIMT_HERE) {
+  simt::multiply(simt::MatrixType::bf16, sums, left, right, SIMT_SITE);
+}
+
+SIMT_INLINE void multiply_f16(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2], SIMT_HERE) {
+  simt::multiply(simt::MatrixType::f16, sums, left, right, SIMT_SITE);
+}
+
+SIMT_INLINE void multiply_tf32(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2], SIMT_HERE) {
+  simt::multiply(simt::MatrixType::tf32, sums, left, right, SIMT_SITE);
+}
+
+// Rounded to 10 bits of mantissa, ties away from zero: half a unit is added to the magnitude, the rest cut off.
+SIMT_INLINE uint32_t to_tf32(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
+  return (finite ? bits + 0x1000u : bits) & 0xFFFFE000u;
+}
+
+}  // namespace peft_kernels
