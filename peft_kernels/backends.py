@@ -100,7 +100,10 @@ def _default_obstacle(operator: str, backend: str, device_type: str, dtype: torc
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if any(run["architecture"] == architecture for run in recorded_runs(operator, backend)):
         return None
-    return f"compiled, not yet run on a GPU of {architecture}"
+    return f"{_TRIED[backend]}, not yet run on a GPU of {architecture}"
+
+
+_TRIED = {"cuda": "compiled, executed on the CPU by its tests", "triton": "compiled, interpreted by its tests"}
 
 
 def choice(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

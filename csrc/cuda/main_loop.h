@@ -171,6 +171,7 @@ class MainLoop {
         right_.settle(right_tile(target));
       }
       left_.arrived(left_tile(stage), step);
+      right_.arrived(right_tile(stage), step);
       __syncthreads();  // this step's tiles are whole, and all warps are done with those of the step before
       const int next = step + Shape::kStages - 1;
       if (next < steps_) {

@@ -40,7 +40,8 @@ def register_operator(
         return
     torch.library.register_fake(f"peft_kernels::{name}", fake)
     compiled = getattr(torch.ops.peft_kernels, name).default
-    backends.register(name, "cpu", Registration(compiled, ("cpu",), DTYPES))
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{name}", "CPU"):
+        backends.register(name, "cpu", Registration(compiled, ("cpu",), DTYPES))
     if cuda:
         reason = libraries.missing["_C_cuda"]
         function = compiled if reason is None else None

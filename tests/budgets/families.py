@@ -7,6 +7,7 @@ design is worth, budgets.json what the compiler makes of it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,12 +56,16 @@ def _int(name: re.Match[str], group: str) -> int:
     return int(name[group])
 
 
+def _is_float(name: re.Match[str]) -> bool:
+    return name["element"] == "float"
+
+
 FAMILIES = (
     Family("cuda", r"accumulate_kernel<.*>", opcodes=(*WIDE, "LDS.*128*", "STS.*128*", "FFMA*"), blocks=2),
     Family("cuda", r"dropout_mask_kernel", opcodes=("STG.*128*", "IMAD.*"), blocks=4),
     Family("cuda", r"partial_sums_kernel", blocks=4),
-    # The dynamic shared memory is all stages of both tiles. A warp of the large product owns WM x WN of the result; the
-    # skinny products promise nothing, as they touch up their tiles in shared memory where dropout wants it.
+    # The dynamic shared memory is all stages of both tiles. A warp of the large product owns WM x WN of the result, one
+    # of the skinny products 16 or 32 rows and the whole rank. Float makes three products of every fragment.
     Family(
         "cuda",
         r"matmul_kernel<BlockShape<\w+, (?P<m>\d+), (?P<n>\d+), (?P<warps_m>\d), (?P<warps_n>\d), (?P<stages>\d)>, .*>",
@@ -72,15 +77,22 @@ FAMILIES = (
     ),
     Family(
         "cuda",
-        r"shrink_kernel<\w+, (?P<rank>\d+)>",
+        r"shrink_kernel<(?P<element>\w+), (?P<rank>\d+)>",
         opcodes=TENSOR_CORES,
+        promised=lambda name: tile_intensity(16, _int(name, "rank")) * (1.5 if _is_float(name) else 1),
         dynamic_shared=lambda name: 4 * (64 + _int(name, "rank")) * 128,
     ),
+    # Its loop is unrolled as a whole and holds the 16-byte read with which dropout touches up a tile that has arrived.
     Family(
         "cuda",
         r"factor_grad_kernel<(?P<element>\w+), (?P<rank>\d+)>",
         opcodes=TENSOR_CORES,
-        dynamic_shared=lambda name: 4 * 32 * (256 + _int(name, "rank") * (4 if name["element"] == "float" else 2)),
+        promised=lambda name: (
+            tile_intensity(16, _int(name, "rank")) * 1.5
+            if _is_float(name)
+            else 32 * _int(name, "rank") * 32 / ((32 + _int(name, "rank")) * 32 * 2 + 32 * 16)
+        ),
+        dynamic_shared=lambda name: 4 * 32 * (256 + _int(name, "rank") * (4 if _is_float(name) else 2)),
     ),
     # 16-bit products run on the best tensor-core instruction that the architecture has.
     Family("triton", _PRODUCTS, "sm_80", opcodes=("HMMA.*",)),
@@ -111,6 +123,6 @@ def dynamic_shared(part: str, name: str, architecture: str) -> int:
 
 
 def promised(part: str, name: str, architecture: str) -> float:
-    """The highest intensity that any line promises."""
+    """The highest intensity that any line promises, cut to the two digits that are measured."""
     lines = families_of(part, name, architecture)
-    return max((figure_of(family.promised, found) for family, found in lines), default=0)
+    return math.floor(max((figure_of(family.promised, found) for family, found in lines), default=0) * 100) / 100

@@ -136,7 +136,7 @@ def _kept(out: Path) -> bool:
         out.touch()
         return True
     for file in CACHE.glob("*"):
-        if time.time() - file.stat().st_mtime > _KEEP_SECONDS:
+        if file.is_file() and time.time() - file.stat().st_mtime > _KEEP_SECONDS:
             file.unlink(missing_ok=True)
     return False
 

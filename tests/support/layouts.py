@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "transposed", "every_other", "offset")
+LAYOUTS = ("contiguous", "transposed", "every_other", "offset", "padded")
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -16,6 +16,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     - `every_other`: every second element of the last dimension of a larger tensor, so no two are neighbors.
     - `offset`: a window into a larger tensor that starts at its element (1, ..., 1): rows further apart than they are
       long, and an address that is not a multiple of a vector register.
+    - `padded`: rows that start at multiples of 64 bytes and end anywhere, so that a full vector fits at every start.
     """
     if layout == "contiguous":
         return tensor.contiguous()
@@ -24,6 +25,9 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout in ("transposed", "every_other"):
         larger = _surroundings(tensor, [*tensor.shape[:-1], 2 * tensor.shape[-1]])
         view = larger[..., ::2]
+    elif layout == "padded":
+        larger = _surroundings(tensor, [*tensor.shape[:-1], (tensor.shape[-1] // 32 + 2) * 32])
+        view = larger[..., : tensor.shape[-1]]
     elif layout == "offset":
         larger = _surroundings(tensor, [size + 2 for size in tensor.shape])
         view = larger[tuple(slice(1, 1 + size) for size in tensor.shape)]
