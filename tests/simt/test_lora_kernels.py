@@ -25,6 +25,13 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 EACH_OPERATOR = pytest.mark.parametrize("operator", OPERATORS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    if build.compiler() is None:
+        pytest.skip("no g++, which the executor needs to compile kernels for the CPU")
+    build.load()
+
+
 def kernel(operator):
     return getattr(getattr(torch.ops, NAMESPACE), operator).default
 
