@@ -142,7 +142,7 @@ def test_differences_print_as_a_table():
 def test_measured_figures_print_as_a_table(one_family):
     one_family(promised=8)
     line = report.figures("cuda", example()).splitlines()[-1].split()
-    assert line == ["k", "sm_90a", "120", "1024", "256", "2", "169", "32.0", "8", "16", "HMMA", "2", "LDSM"]
+    assert line == ["k", "sm_90a", "120", "1024", "256", "2", "169", "32.0", "8.0", "16", "HMMA", "2", "LDSM"]
 
 
 def test_an_update_comes_back_as_written(one_family, tmp_path, capsys):
