@@ -1,0 +1,80 @@
+"""More than 2^31 elements: offsets that 32 bits do not hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_kernels.reference import philox
+
+from . import cuda
+
+cuda.require()
+
+pytestmark = pytest.mark.gpu
+
+COLUMNS = 2**14 + 8
+ROWS = 2**17 + 3
+EDGE = 130  # rows at either end; those at the end lie beyond element 2^31
+
+
+@pytest.fixture(autouse=True)
+def room():
+    """16 GiB, given back afterwards."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def x():
+    """Zero, but for small integers in the last rows."""
+    x = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=cuda.DEVICE)
+    x[-EDGE:] = torch.randint(-2, 3, (EDGE, COLUMNS), device=cuda.DEVICE)
+    return x
+
+
+def integers(*shape, dtype=torch.float32):
+    return torch.randint(-2, 3, shape, device=cuda.DEVICE).to(dtype)
+
+
+def test_shrink(x):
+    factor = integers(16, COLUMNS, dtype=torch.bfloat16)
+    hidden = cuda.kernel("lora_shrink")(x, factor, 1.0, 0.0, None)
+    assert torch.equal(hidden[-EDGE:].double(), x[-EDGE:].double() @ factor.t().double())
+    assert not hidden[:-EDGE].any()
+
+
+def test_factor_grad(x):
+    hidden = integers(ROWS, 16)
+    grad = cuda.kernel("lora_factor_grad")(x, hidden, 1.0, 0.0, None, torch.float32, False)
+    assert torch.equal(grad.double(), hidden[-EDGE:].t().double() @ x[-EDGE:].double())
+
+
+def test_matmul():
+    x, matrix = integers(ROWS, 16, dtype=torch.bfloat16), integers(16, COLUMNS, dtype=torch.bfloat16)
+    hidden, factor = integers(ROWS, 3), integers(3, COLUMNS)
+    y = cuda.kernel("lora_matmul")(x, matrix, None, hidden, factor, 0.5, 0.0, None)
+    for rows in (slice(0, EDGE), slice(ROWS // 2, ROWS // 2 + EDGE), slice(-EDGE, None)):
+        exact = x[rows].double() @ matrix.double() + 0.5 * hidden[rows].double() @ factor.double()
+        assert torch.equal(y[rows], exact.bfloat16())
+
+
+def test_accumulate():
+    out = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=cuda.DEVICE)
+    hidden, factor = torch.ones(ROWS, 1, device=cuda.DEVICE), torch.ones(1, COLUMNS, device=cuda.DEVICE)
+    state = torch.tensor([3, 4], device=cuda.DEVICE)
+    cuda.kernel("lora_accumulate_")(out, hidden, factor, 1.0, 0.5, state)
+    for row in (0, ROWS // 2, ROWS - 1):
+        assert torch.equal(out[row].cpu() == 2.0, row_of_mask(row, 0.5, 3, 4))
+    assert (out[-EDGE:] != 0.0).any()
+
+
+def row_of_mask(row, dropout_p, seed, offset):
+    """One row of the reference mask, without the rows before it."""
+    group, zero = torch.arange((COLUMNS + 7) // 8), torch.zeros((), dtype=torch.int64)
+    words = philox.philox_4x32_10((group, zero + row, zero + offset, zero), (zero + seed, zero))
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten()[:COLUMNS]
+    return draws >= philox.dropout_threshold(dropout_p)
