@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -14,25 +13,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "../common/describe.h"
+#include "launch_arguments.h"
 
 namespace peft_kernels {
-
-// Blocks in each direction, up to 2^31 - 1 along x and 65535 along y and z.
-struct Grid {
-  int64_t x = 1, y = 1, z = 1;
-  int threads = 0;
-  size_t dynamic_shared_bytes = 0;
-};
-
-enum class Access { read, write };
-
-// A tensor that a kernel touches: named in error messages, and all the global memory that the kernel may reach.
-struct Operand {
-  const char* name;
-  const Tensor& tensor;
-  Access access = Access::read;
-};
 
 // The current stream of torch for this device. The caller holds the device guard.
 inline cudaStream_t current_stream(int32_t device) {

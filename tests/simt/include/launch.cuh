@@ -2,9 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <common/describe.h>
+#include <launch_arguments.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -12,20 +10,6 @@
 #include <vector>
 
 namespace peft_kernels {
-
-struct Grid {
-  int64_t x = 1, y = 1, z = 1;
-  int threads = 0;
-  size_t dynamic_shared_bytes = 0;
-};
-
-enum class Access { read, write };
-
-struct Operand {
-  const char* name;
-  const Tensor& tensor;
-  Access access = Access::read;
-};
 
 // What every thread runs. Not watched: the arguments lie on the launching thread's stack, as a GPU has them in constant
 // memory.
