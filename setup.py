@@ -38,11 +38,19 @@ STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11; the byte 0x0b is eleven
 DEFAULT_ARCHS = ("80", "86", "89", "90a", "100", "120")
 GIB_PER_JOB = 1.5
 
-# Instruction sets of csrc/cpu/lora_kernels.cpp; the best one the processor has is chosen at run time.
+# Instruction sets of the kernels in csrc/cpu; the best one the processor has is chosen at run time.
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 AMX = (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 CAPABILITIES: dict[str, tuple[str, ...]] = {"baseline": (), "avx2": AVX2, "avx512": AVX512}
+# Sources compiled once per instruction set. Sparse deltas have the same bits with and without fused multiply-add, and
+# square roots that leave errno alone, which vectors need.
+_SPARSE = ("-ffp-contract=off", "-fno-math-errno")
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "lora_kernels": CAPABILITIES,
+    "sampled_kernels": {**CAPABILITIES, "avx512bf16": (*AVX512, "-mavx512bf16")},
+    "sparse_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
+}
 
 
 class BuildError(SystemExit):
@@ -185,19 +193,22 @@ def parallel_jobs() -> int:
 
 
 def cpu_library(torch_dir: Path) -> SharedLibrary:
-    objects = [Object(SOURCES / source) for source in ("library.cpp", "cpu/lora.cpp", "cpu/lora_products.cpp")]
+    operators = ("lora.cpp", "lora_products.cpp", "sampled_product.cpp", "sparse_delta.cpp")
+    objects = [Object(SOURCES / "library.cpp"), *(Object(SOURCES / "cpu" / source) for source in operators)]
     on_x86 = platform.machine() in ("x86_64", "AMD64")
-    for capability, flags in CAPABILITIES.items():
-        if on_x86 or capability == "baseline":
-            objects.append(
-                Object(
-                    SOURCES / "cpu" / "lora_kernels.cpp",
-                    name=f"lora_kernels_{capability}",
-                    flags=(*flags, f"-DPK_CAPABILITY={capability}"),
+    for stem, capabilities in KERNELS.items():
+        for capability, flags in capabilities.items():
+            if on_x86 or capability == "baseline":
+                objects.append(
+                    Object(
+                        SOURCES / "cpu" / f"{stem}.cpp",
+                        name=f"{stem}_{capability}",
+                        flags=(*flags, f"-DPK_CAPABILITY={capability}"),
+                    )
                 )
-            )
     if on_x86:
-        objects += [Object(SOURCES / "cpu" / source, flags=AMX) for source in ("lora_amx.cpp", "gemm_amx.cpp")]
+        tiles = ("lora_amx.cpp", "gemm_amx.cpp", "sampled_amx.cpp")
+        objects += [Object(SOURCES / "cpu" / source, flags=AMX) for source in tiles]
     return SharedLibrary("_C.so", objects, [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"])
 
 

@@ -32,4 +32,17 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
       "lora_linear_backward(Tensor grad_out, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor hidden, "
       "float scaling, float dropout_p, Tensor? rng_state, bool need_x, bool need_a, bool need_b) "
       "-> (Tensor, Tensor, Tensor)");
+
+  // Sparse deltas: weight [N, K] contiguous; indices [nnz] int32 or int64, flat positions, sorted and unique.
+  // weight[indices] = original + values, rounded once; without values original itself.
+  m.def("scatter_write_(Tensor(a!) weight, Tensor indices, Tensor original, Tensor? values) -> ()");
+  // weight[indices] += scaling values, rounded once.
+  m.def("scatter_accumulate_(Tensor(a!) weight, Tensor indices, Tensor values, float scaling) -> ()");
+  // (dy^T x)[indices]: dy [M, N], x [M, K] -> [nnz] in dtype.
+  m.def("sampled_product(Tensor grad_out, Tensor x, Tensor indices, ScalarType dtype) -> Tensor");
+  // One step of AdamW on values [nnz], and what scatter_write_ does with the result.
+  m.def(
+      "sparse_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weight, "
+      "Tensor? indices, Tensor? original, int step, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay) -> ()");
 }

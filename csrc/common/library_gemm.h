@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <optional>
@@ -38,10 +39,10 @@ inline Tensor library_matmul(
   if (transposed || bias.has_value()) {
     stack[1] = from(transposed ? matrix : torch::stable::transpose(matrix, 0, 1));
     stack[2] = from(bias);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   } else {
     stack[1] = from(matrix);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
   }
   Tensor out = torch::stable::detail::to<Tensor>(stack[0]);
   // Autocast would change the dtype under us; lora_linear casts before it calls.

@@ -14,12 +14,6 @@
 
 namespace peft_kernels {
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return text + "]";
-}
-
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
   STD_TORCH_CHECK(
       tensor.device() == like.device(), op, ": ", name, " must be on ", device_name(like),
@@ -124,7 +118,7 @@ inline void check_grad_dtype(const char* op, ScalarType dtype, bool takes_float6
       dtype_name(dtype));
 }
 
-// Philox counts rows with 32 bits.
+// Philox counts rows, and groups of eight columns, with 32 bits.
 inline void check_mask_size(const char* op, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ", rows, ", ", columns);
   STD_TORCH_CHECK(rows <= int64_t{1} << 32, op, ": dropout needs at most 2^32 rows, got ", rows);

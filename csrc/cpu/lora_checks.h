@@ -8,16 +8,7 @@ namespace peft_kernels {
 
 inline DType activation_dtype(const char* op, const char* name, const Tensor& tensor) {
   check_activations(op, name, tensor, true);
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::Double:
-      return DType::f64;
-    default:
-      return DType::f32;
-  }
+  return dtype_of(tensor.scalar_type());
 }
 
 // `rows` by `columns` is the matrix that is dropped from.

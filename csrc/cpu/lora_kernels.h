@@ -8,12 +8,10 @@
 #include <cstdint>
 
 #include "../common/philox.h"
+#include "dtypes.h"
 #include "rounding.h"
 
 namespace peft_kernels {
-
-enum class DType { f32, bf16, f16, f64 };
-constexpr int kDTypes = 4;
 
 // Columns per unit of packing: one Philox batch.
 constexpr int64_t kPanel = 64;

@@ -15,28 +15,19 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <initializer_list>
-#include <string_view>
 
+#include "capability.h"
 #include "gemm_amx.h"
 #include "parallel.h"
 
 namespace peft_kernels {
 namespace {
 
-// The best kernels this processor runs; PEFT_KERNELS_CPU_CAPABILITY=baseline|avx2|avx512|amx lowers the choice.
 LoraKernels choose_kernels() {
-  const char* wish = std::getenv("PEFT_KERNELS_CPU_CAPABILITY");
-  const std::string_view limit = wish == nullptr ? "amx" : wish;
-  STD_TORCH_CHECK(
-      limit == "baseline" || limit == "avx2" || limit == "avx512" || limit == "amx",
-      "PEFT_KERNELS_CPU_CAPABILITY must be baseline, avx2, avx512 or amx, got ", wish == nullptr ? "" : wish);
+  const Capability capability = allowed_capability();
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && limit == "amx" && amx_bf16_usable()) {
+  if (capability == Capability::amx && amx_bf16_usable()) {
     LoraKernels table = lora_kernels_avx512;
     table.capability = "amx";
     table.products[static_cast<int>(DType::bf16)] = lora_kernels_amx_bf16;
@@ -44,8 +35,8 @@ LoraKernels choose_kernels() {
     table.gemms[static_cast<int>(DType::f32)] = &gemm_amx_f32;
     return table;
   }
-  if (avx512 && (limit == "amx" || limit == "avx512")) return lora_kernels_avx512;
-  if (avx2 && limit != "baseline") return lora_kernels_avx2;
+  if (capability >= Capability::avx512) return lora_kernels_avx512;
+  if (capability == Capability::avx2) return lora_kernels_avx2;
 #endif
   return lora_kernels_baseline;
 }
@@ -205,7 +196,7 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
   auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const int64_t dimensions = static_cast<int64_t>(sizes.size());
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), sizes.begin(), dimensions, &number, nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }

@@ -18,6 +18,20 @@ namespace peft_kernels {
 // The kernels of the best instruction set this processor has, or of the one the environment asks for.
 const LoraKernels& kernels();
 
+// The kernels' name of a floating dtype.
+inline DType dtype_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      return DType::f32;
+  }
+}
+
 // The dtype that sums over activations of `dtype` are kept in, and its size.
 inline ScalarType accumulation_type(DType dtype) {
   return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;

@@ -19,7 +19,8 @@ struct Grid {
 
 enum class Access { read, write };
 
-// A tensor that a kernel touches: named in error messages, and all the global memory that the kernel may reach.
+// A tensor that a kernel touches: named in error messages, and all the global memory that the kernel may reach. On a
+// GPU nothing holds it to that or to `access`; the executor of tests/simt does.
 struct Operand {
   const char* name;
   const Tensor& tensor;

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../common/philox.h"
 #include "dtypes.h"
@@ -73,7 +75,7 @@ class AsyncLoader {
     }
   }
   __device__ __forceinline__ void settle(Element*) {}
-  __device__ __forceinline__ void arrived(Element*, int64_t) {}
+  __device__ __forceinline__ void arrived(Element*, int) {}
 
  protected:
   static constexpr bool along_depth = Tile::along == Along::depth;
@@ -219,20 +221,25 @@ class CastLoader {
     }
   }
   __device__ __forceinline__ void settle(Element* tile) {
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int outer = depth_first_ ? outer_ + i * kOuterStep : outer_;
-      const int depth = depth_first_ ? depth_ : depth_ + i * kDepthStep;
-      tile[Tile::offset(outer, depth)] = static_cast<Element>(values_[i]);
+    switch (view_.dtype) {
+      case DType::float32:
+        return write<float>(tile);
+      case DType::bfloat16:
+        return write<BFloat16>(tile);
+      case DType::float16:
+        return write<Half>(tile);
     }
   }
-  __device__ __forceinline__ void arrived(Element*, int64_t) {}
+  __device__ __forceinline__ void arrived(Element*, int) {}
 
  private:
   static constexpr int kShare = Tile::kOuter * Tile::kDepth / kThreads;  // elements of one thread
   static constexpr int kOuterStep = kThreads / Tile::kDepth, kDepthStep = kThreads / Tile::kOuter;
   static_assert(kThreads % Tile::kDepth == 0 && kThreads % Tile::kOuter == 0);
   static_assert(kShare * kOuterStep == Tile::kOuter && kShare * kDepthStep == Tile::kDepth);
+
+  template <typename Source>
+  using Bits = std::conditional_t<sizeof(Source) == 4, uint32_t, uint16_t>;
 
   template <typename Source>
   __device__ __forceinline__ void fetch(int step) {
@@ -248,7 +255,21 @@ class CastLoader {
 #pragma unroll
     for (int i = 0; i < kShare; ++i, from += stride) {
       const int place = depth_first_ ? i * kOuterStep : i * kDepthStep;
-      values_[i] = place < there ? static_cast<float>(*from) : 0.0f;
+      bits_[i] = place < there ? *reinterpret_cast<const Bits<Source>*>(from) : 0;
+    }
+  }
+
+  // Cast here and not where they are read: that would wait for the memory.
+  template <typename Source>
+  __device__ __forceinline__ void write(Element* tile) {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int outer = depth_first_ ? outer_ + i * kOuterStep : outer_;
+      const int depth = depth_first_ ? depth_ : depth_ + i * kDepthStep;
+      const auto bits = static_cast<Bits<Source>>(bits_[i]);
+      Source value;
+      memcpy(&value, &bits, sizeof(value));
+      tile[Tile::offset(outer, depth)] = static_cast<Element>(static_cast<float>(value));
     }
   }
 
@@ -256,7 +277,7 @@ class CastLoader {
   const bool depth_first_;
   const int outer_, depth_;  // of the thread's first element
   const int outer_block_, first_step_;
-  float values_[kShare];
+  uint32_t bits_[kShare];  // as read
 };
 
 }  // namespace peft_kernels

@@ -64,18 +64,17 @@ struct Sums {
 };
 
 // Float goes through tf32 as two terms, value = big + small, and three of their four products: small small, below
-// 2^-22 of the product, is left out. Infinity has no rest.
+// 2^-22 of the product, is left out. What is not finite stays so: infinity leaves NaN as its rest.
 template <typename Element>
 constexpr int kTerms = sizeof(Element) == 4 ? 2 : 1;
 
 __device__ __forceinline__ void split(uint32_t (&big)[4], uint32_t (&small)[4]) {
-  constexpr uint32_t kInfinity = 0x7F800000u;
+  constexpr uint32_t kHalf = 0x1000u, kTf32Bits = 0xFFFFE000u;  // half of the last bit that tf32 has, and all it has
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float value = __uint_as_float(big[i]);
-    big[i] = to_tf32(value);
-    const bool infinite = (big[i] & 0x7FFFFFFFu) == kInfinity;
-    small[i] = infinite ? 0u : to_tf32(value - __uint_as_float(big[i]));
+    big[i] = (big[i] + kHalf) & kTf32Bits;
+    small[i] = __float_as_uint(value - __uint_as_float(big[i])) & kTf32Bits;
   }
 }
 
@@ -84,9 +83,14 @@ __device__ __forceinline__ void multiply_fragments(
     float (&sums)[4], const uint32_t (&left)[kTerms<Element>][4], const uint32_t (&right)[kTerms<Element>][2][2],
     int j) {
   if constexpr (sizeof(Element) == 4) {
-    multiply_tf32(sums, left[1], right[0][j]);
-    multiply_tf32(sums, left[0], right[1][j]);
-    multiply_tf32(sums, left[0], right[0][j]);
+    // Tensor cores cut their sums off instead of rounding them. Over a long depth that would add up, so each step is
+    // summed by itself.
+    float fresh[4] = {};
+    multiply_tf32(fresh, left[1], right[0][j]);
+    multiply_tf32(fresh, left[0], right[1][j]);
+    multiply_tf32(fresh, left[0], right[0][j]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += fresh[i];
   } else if constexpr (std::is_same_v<Element, BFloat16>) {
     multiply_bf16(sums, left[0], right[0][j]);
   } else {
@@ -100,8 +104,8 @@ __device__ __forceinline__ void multiply_tiles(
     const typename Shape::Element* left_tile, const typename Shape::Element* right_tile, int thread,
     Sums<Shape>& sums) {
   using Element = typename Shape::Element;
-  // Fragments loaded ahead hide the latency of shared memory where warps are few, and cost registers where not.
-  constexpr int kUnroll = kTerms<Element> == 2 ? 1 : Shape::kMmaM * Shape::kMmaN >= 16 ? 4 : 2;
+  // Fragments loaded ahead hide the latency of shared memory and cost registers: as far as no architecture spills.
+  constexpr int kUnroll = kTerms<Element> == 2 ? 1 : Shape::kMmaM * Shape::kMmaN > 8 ? 4 : Shape::kMmaM > 1 ? 1 : 2;
   const int warp = thread / kLanes, lane = thread % kLanes;
   const int row = warp / Shape::kWarpsN * Shape::kWarpM, column = warp % Shape::kWarpsN * Shape::kWarpN;
 #pragma unroll(kUnroll)

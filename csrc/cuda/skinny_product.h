@@ -6,6 +6,8 @@
 // of the reads; float32 takes three tf32 products.
 #pragma once
 
+#include <type_traits>
+
 #include <launch.cuh>
 #include <shared_memory.h>
 #include <torch/csrc/stable/ops.h>
@@ -68,10 +70,11 @@ struct SkinnyOperand {
   int outer;
 };
 
-// Starts `kernel`, whose body is multiply_skinny<Product>. out is contiguous; `transposed`: [r, outer of x].
+// Starts `kernel`, whose body is multiply_skinny<Product>. out is contiguous, [outer of x, r] or, `rank_first`, its
+// transpose.
 template <typename Product>
 void start_skinny(
-    const char* operation, void (*kernel)(SkinnyArguments), const Tensor& out, bool transposed, const SkinnyOperand& x,
+    const char* operation, void (*kernel)(SkinnyArguments), const Tensor& out, bool rank_first, const SkinnyOperand& x,
     const SkinnyOperand& small, double scaling, const Dropout& dropout) {
   using Shape = typename Product::Shape;
   SkinnyArguments a = {};
@@ -87,7 +90,7 @@ void start_skinny(
   const Tensor sums = splits.count == 1
                           ? out
                           : torch::stable::new_empty(out, {splits.count, out.size(0), out.size(1)}, ScalarType::Float);
-  a.out = {sums.mutable_data_ptr(),     rows, rank, transposed ? 1 : rank, transposed ? rows : 1,
+  a.out = {sums.mutable_data_ptr(),     rows, rank, rank_first ? 1 : rank, rank_first ? rows : 1,
            dtype_of(sums.scalar_type())};
   const Grid grid = {blocks, splits.count, rank_blocks, Shape::kThreads, Product::Loop::kSharedBytes};
   launch(

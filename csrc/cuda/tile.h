@@ -1,5 +1,5 @@
-// A tile of an operand in shared memory, laid out so that neither copies nor ldmatrix meet bank conflicts. (Fragments
-// of float tiles along outer, which ldmatrix cannot transpose, are read word by word and meet them two by two.)
+// A tile of an operand in shared memory, laid out so that cp.async and ldmatrix meet no bank conflicts. (What goes
+// element by element may meet them two to four by four: operands that are cast, and float fragments along outer.)
 //
 // An operand of a product is a matrix [outer, depth]: outer is a row or a column of the result, depth is summed over.
 // In global memory neighboring elements lie along one of the two, and the tile keeps that: its rows are runs of

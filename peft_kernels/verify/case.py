@@ -17,14 +17,14 @@ class Case:
     Attributes:
         name: shapes and what is special, for messages.
         arguments: tensors, numbers, dtypes and None.
-        mutated: position of the argument that the operator writes to; None when it returns its results.
+        mutated: positions of the arguments that the operator writes to; none when it returns its results.
         plain: the operator as plain PyTorch would compute it in the activations' dtype, where that rounds between its
             steps; None where the reference is that.
     """
 
     name: str
     arguments: tuple[Any, ...]
-    mutated: int | None = None
+    mutated: tuple[int, ...] = ()
     plain: Callable[..., Any] | None = None
 
     def on(self, device_type: str) -> Case:

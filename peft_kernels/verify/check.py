@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import lora
+from . import lora, sparse_delta
 from .case import Case
 
-FAMILIES = (lora,)
+FAMILIES = (lora, sparse_delta)
 """Modules that supply inputs: `OPERATORS`, names, and `cases(operator, dtype)`."""
 
 _Cases = Callable[[str, torch.dtype], Iterable[Case]]
@@ -102,10 +102,10 @@ def _check_backends(
 
 
 def _run(kernel: Callable[..., Any], case: Case) -> tuple[Tensor, ...]:
-    arguments = [value.clone() if index == case.mutated else value for index, value in enumerate(case.arguments)]
+    arguments = [value.clone() if index in case.mutated else value for index, value in enumerate(case.arguments)]
     result = kernel(*arguments)
-    if case.mutated is not None:
-        return (arguments[case.mutated],)
+    if case.mutated:
+        return tuple(arguments[index] for index in case.mutated)
     return result if isinstance(result, tuple) else (result,)
 
 

@@ -145,7 +145,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).to(tensor.dtype)
 
 
-_MUTATED = {"lora_accumulate_": 0}
+_MUTATED = {"lora_accumulate_": (0,)}
 _PLAIN: dict[str, Callable[..., Any]] = {
     "lora_linear_forward": _plain_forward,
     "lora_linear_backward": _plain_backward,
@@ -166,4 +166,4 @@ def cases(operator: str, dtype: torch.dtype) -> Iterator[Case]:
                 inputs = _Inputs(rows, columns, out_columns, rank, dtype, factor_dtype, dropout_p, generator)
                 factors = str(factor_dtype).removeprefix("torch.")
                 name = f"M={rows} K={columns} N={out_columns} r={rank} p={dropout_p:g} factors {factors}"
-                yield Case(name, _ARGUMENTS[operator](inputs), _MUTATED.get(operator), _PLAIN.get(operator))
+                yield Case(name, _ARGUMENTS[operator](inputs), _MUTATED.get(operator, ()), _PLAIN.get(operator))

@@ -22,6 +22,7 @@ NEEDS = {
 CHOSEN = "cpu-cpu and (exact or test_ranks or same_bits_on_every)"
 SHRINK = "torch.ops.peft_kernels.lora_shrink(torch.ones(2, 3), torch.ones(1, 3), 1.0, 0.0, None)"
 MASK = "torch.ops.peft_kernels.dropout_mask(1, 8, 0.5, torch.zeros(2, dtype=torch.int64))"
+SAMPLED = "torch.ops.peft_kernels.sampled_product(*[torch.ones(1, 2)] * 2, torch.zeros(1).int(), torch.float32)"
 
 pytestmark = pytest.mark.skipif(
     libraries.missing["_C"] is not None or libraries.host is None, reason="the compiled library is not built"
@@ -45,12 +46,13 @@ def test_kernels_of_every_capability(capability):
     if capability == os.environ.get("PEFT_KERNELS_CPU_CAPABILITY", [name for name in NEEDS if supported(name)][-1]):
         pytest.skip(f"{capability} is what every other test of this run uses")
     files = [f"tests/lora/test_{name}.py" for name in ("operators", "properties", "philox")]
+    files.append("tests/sparse_delta/test_sampled_product.py")
     done = run(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *files)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("call", [SHRINK, MASK], ids=["lora_shrink", "dropout_mask"])
+@pytest.mark.parametrize("call", [SHRINK, MASK, SAMPLED], ids=["lora_shrink", "dropout_mask", "sampled_product"])
 def test_unknown_capability_is_refused(call):
     done = run("sse", "-c", f"import torch, peft_kernels; {call}")
     assert done.returncode > 0

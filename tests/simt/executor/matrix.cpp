@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "memory.h"
@@ -74,6 +75,13 @@ float half_of(MatrixType type, uint32_t bits, int half) {
 // The hardware ignores the low 13 bits of a tf32 operand.
 float tf32_of(uint32_t bits) { return std::bit_cast<float>(bits & 0xFFFFE000u); }
 
+// Tensor cores do not round their sums, they cut them off: errors of one sign, which a kernel with a long depth shows.
+// (Hardware cuts a few bits more, at the largest of its terms.)
+float cut(double sum) {
+  const auto rounded = static_cast<float>(sum);
+  return std::abs(double{rounded}) > std::abs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
 void multiply_for_all(void* const* payloads, unsigned) {
   float left[16][16] = {}, right[16][8] = {};
   const MatrixType type = static_cast<const Product*>(payloads[0])->type;
@@ -94,17 +102,18 @@ void multiply_for_all(void* const* payloads, unsigned) {
       }
     }
   }
-  // Products of 8- and 11-bit significands are exact in float.
-  float product[16][8] = {};
+  // Products of 8- and 11-bit significands are exact, and so are sums of sixteen of them, but for the last bits of
+  // double.
+  double product[16][8] = {};
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < depth; ++k) {
-      for (int column = 0; column < 8; ++column) product[row][column] += left[row][k] * right[k][column];
+      for (int column = 0; column < 8; ++column) product[row][column] += double{left[row][k]} * right[k][column];
     }
   }
   for (int lane = 0; lane < kLanes; ++lane) {
     float* sums = static_cast<const Product*>(payloads[lane])->sums;
     const int group = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) sums[i] += product[group + i / 2 * 8][2 * t + i % 2];
+    for (int i = 0; i < 4; ++i) sums[i] = cut(sums[i] + product[group + i / 2 * 8][2 * t + i % 2]);
   }
 }
 

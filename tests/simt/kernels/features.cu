@@ -154,10 +154,6 @@ CASE(matrix_products, 1, 32, 0) {
   for (int i = 0; i < 4; ++i) a.out<float>()[lane * 4 + i] = sums[i];
 }
 
-CASE(tf32_rounding, 1, 32, 0) {
-  for (int64_t i = threadIdx.x; i < a.inputs; i += 32) a.out<uint32_t>()[i] = to_tf32(a.in<float>()[i]);
-}
-
 // output [8] of int.
 CASE(bit_functions, 1, 1, 0) {
   int* out = a.out<int>();

@@ -30,11 +30,4 @@ SIMT_INLINE void multiply_tf32(float (&sums)[4], const uint32_t (&left)[4], cons
   simt::multiply(simt::MatrixType::tf32, sums, left, right, SIMT_SITE);
 }
 
-// Rounded to 10 bits of mantissa, ties away from zero: half a unit is added to the magnitude, the rest cut off.
-SIMT_INLINE uint32_t to_tf32(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-  return (finite ? bits + 0x1000u : bits) & 0xFFFFE000u;
-}
-
 }  // namespace peft_kernels
