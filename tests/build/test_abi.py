@@ -118,3 +118,17 @@ def test_cuda_library_has_ptx_for_architectures_to_come():
     listing = output_of(tool("cuobjdump"), "--list-elf", "--list-ptx", path)
     number = {kind: [int(n) for n in re.findall(rf"\.sm_(\d+)[af]?\.{kind}", listing)] for kind in ("cubin", "ptx")}
     assert max(number["ptx"], default=0) == max(number["cubin"])
+
+
+def test_sources_use_no_macro_that_the_oldest_torch_lacks():
+    """Everything is compiled for torch 2.11, but here against the headers of the torch that is installed."""
+    newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)  # 2.13; TORCH_ERROR_CODE_CHECK is in both
+    sources = Path(__file__).parents[2] / "csrc"
+    using = [
+        f"{path.relative_to(sources)}: {macro}"
+        for path in sources.rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+        for macro in newer
+        if macro in path.read_text()
+    ]
+    assert using == []
