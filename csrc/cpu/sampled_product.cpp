@@ -9,6 +9,7 @@
 //
 // Threads share the entries, or the rows of the product. The way, blocks and chunks follow from the shape, and a sum
 // from its two columns alone, so that the bits are the same for any number of threads.
+#include "capability.h"
 #include "lora_checks.h"
 #include "lora_products.h"
 #include "parallel.h"
@@ -20,7 +21,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <string_view>
 
 namespace peft_kernels {
@@ -55,13 +55,10 @@ void check_arguments(const char* op, const Tensor& grad_out, const Tensor& x, co
 // which matrix tiles imply; PEFT_KERNELS_CPU_CAPABILITY=avx512 leaves them out.
 const SampledKernels& choose_kernels() {
 #if defined(__x86_64__)
-  const std::string_view capability = kernels().capability;
-  if (capability == "amx" || capability == "avx512") {
-    const char* wish = std::getenv("PEFT_KERNELS_CPU_CAPABILITY");
-    const bool unlimited = wish == nullptr || std::string_view(wish) == "amx";
-    return unlimited && __builtin_cpu_supports("avx512bf16") ? sampled_kernels_avx512bf16 : sampled_kernels_avx512;
-  }
-  if (capability == "avx2") return sampled_kernels_avx2;
+  const Capability capability = allowed_capability();
+  if (capability == Capability::amx && __builtin_cpu_supports("avx512bf16")) return sampled_kernels_avx512bf16;
+  if (capability >= Capability::avx512) return sampled_kernels_avx512;
+  if (capability == Capability::avx2) return sampled_kernels_avx2;
 #endif
   return sampled_kernels_baseline;
 }
