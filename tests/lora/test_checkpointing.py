@@ -104,4 +104,5 @@ def test_backend_of_the_forward_recomputes_too(place, use_reentrant, monkeypatch
         leaf.grad = None
     y.square().sum().backward()
     for leaf, gradient in zip((x, first.lora_a, first.lora_b), expected[1:], strict=True):
-        torch.testing.assert_close(leaf.grad, gradient)
+        # Another mask would differ by the tensor's own scale, another order of sums by rounding at that scale.
+        torch.testing.assert_close(leaf.grad, gradient, rtol=0.0, atol=1e-5 * gradient.abs().max().item())
