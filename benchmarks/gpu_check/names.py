@@ -26,11 +26,15 @@ def bare(name: str) -> str:
     """
     if name.startswith("_Z"):
         name = torch._C._demangle(name)
-    name = _CAST.sub("", _QUALIFIER.sub("", name)).removeprefix("void ")
+    return without_parameters(_CAST.sub("", _QUALIFIER.sub("", name)).removeprefix("void "))
+
+
+def without_parameters(name: str) -> str:
+    """A demangled name up to where its parameters begin; template arguments can have parentheses too."""
     if not name.endswith(")"):
         return name
     depth = 0
-    for place in range(len(name) - 1, -1, -1):  # back to where the parameters begin; arguments can have parentheses too
+    for place in range(len(name) - 1, -1, -1):
         depth += (name[place] == ")") - (name[place] == "(")
         if depth == 0:
             return name[:place]

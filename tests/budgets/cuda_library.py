@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft_kernels
+from benchmarks.gpu_check.names import without_parameters
 
 from . import families, machine_code
 from .kernel import CannotMeasure, Measurement
@@ -54,12 +55,4 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def _bare(name: str) -> str:
-    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name).removeprefix("void ")
-    if not name.endswith(")"):
-        return name
-    depth = 0
-    for place in range(len(name) - 1, -1, -1):  # back to where the parameters begin; arguments can have parentheses too
-        depth += (name[place] == ")") - (name[place] == "(")
-        if depth == 0:
-            return name[:place]
-    return name
+    return without_parameters(re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name).removeprefix("void "))
