@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import nn, ops
+from . import nn, ops, optim
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
 from .config import LoraConfig
@@ -30,6 +30,7 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "optim",
     "restore",
     "save_adapter",
     "unmerge",

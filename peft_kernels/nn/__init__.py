@@ -1,5 +1,6 @@
 """Drop-in modules; each computes through `peft_kernels.ops` and holds no arithmetic of its own."""
 
 from .lora import LoRALinear
+from .sparse_delta import SparseDeltaLinear
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRALinear", "SparseDeltaLinear"]

@@ -1,6 +1,6 @@
 """Operators as functions; see each family's module for formulas and contracts."""
 
-from . import sparse_delta
 from .lora import lora_linear, lora_merged_weight
+from .sparse_delta import check_indices, sparse_delta_linear
 
-__all__ = ["lora_linear", "lora_merged_weight", "sparse_delta"]
+__all__ = ["check_indices", "lora_linear", "lora_merged_weight", "sparse_delta_linear"]

@@ -16,6 +16,7 @@ from .. import backends
 from ..reference import lora as reference
 from ..reference import philox
 from ..reference.lora import accumulation_dtype, as_rows
+from ._autocast import autocast_dtype
 from ._register import register_operator
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -154,7 +155,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
-        if _autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
+        if autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
             with torch.autocast(grad_out.device.type, enabled=False):
                 return LoRALinearFunction.backward(ctx, grad_out)
         if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
@@ -263,13 +264,6 @@ _apply = super(torch.autograd.Function, LoRALinearFunction).apply
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for on such devices; None where it is off or unknown."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
 def draw_rng_state(device: torch.device) -> Tensor:
     """A fresh (seed, offset), int64 `[2]`, from torch's generator of `device`: no host sync, safe in CUDA graphs.
 
@@ -316,7 +310,7 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", ICLR 2022, eq. 3; dropout placement as in Hugging Face PEFT ("pre", one mask per layer).
     """
-    dtype = _autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         if x.dtype in _FLOATING and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)

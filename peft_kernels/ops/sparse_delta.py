@@ -1,14 +1,28 @@
-"""The operators of the sparse-delta family and their backends; formulas in `peft_kernels/reference/sparse_delta.py`."""
+"""A linear layer whose weight holds a sparse delta: `y = x weight^T + bias`, with a gradient for the delta alone.
+
+Formulas, shapes and names are those of `peft_kernels/reference/sparse_delta.py`. This file holds the checks, the fake
+kernels, the autograd Function and the registration; no arithmetic.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..reference import sparse_delta as reference
+from ..reference.lora import as_rows
+from ._autocast import autocast_dtype
 from ._register import register_operator
+
+Observer = Callable[[Tensor, Tensor], None]
+"""What may look at a layer's backward pass: it is called with grad_out `[M, N]` and x `[M, K]`."""
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_indices(indices: Tensor, numel: int) -> None:
@@ -75,3 +89,182 @@ def _register() -> None:
 
 
 _register()
+
+
+class SparseDeltaLinearFunction(torch.autograd.Function):
+    """Forward and backward of `sparse_delta_linear`; the products with weight are the library's.
+
+    Saved for backward: x (only while values or weight trains), weight and indices by reference. Nothing of size
+    `[N, K]` is made in either pass.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        indices: Tensor,
+        original: Tensor | None,
+        observer: Observer | None,
+        backend: str | None,
+    ) -> Tensor:
+        keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if keep_x else None, weight, values, indices, original)
+        ctx.observer, ctx.backend = observer, backend
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
+        if autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
+            with torch.autocast(grad_out.device.type, enabled=False):
+                return SparseDeltaLinearFunction.backward(ctx, grad_out)
+        x, weight, values, indices, original = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
+        if original is not None:
+            write = backends.kernel("scatter_write_", weight.device.type, weight.dtype, ctx.backend)
+            write(weight.detach(), indices, original, values.detach())
+        if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
+            return _differentiable_backward(ctx, grad_out)
+        dy = as_rows(grad_out)
+        rows = None if x is None else as_rows(x)
+        dx = grad_weight = grad_bias = grad_values = None
+        if need_x:
+            dx = grad_out @ weight
+        if need_values:
+            sampled_product = backends.kernel("sampled_product", dy.device.type, dy.dtype, ctx.backend)
+            grad_values = sampled_product(dy, rows, indices, values.dtype)
+            if ctx.observer is not None:
+                ctx.observer(dy, rows)
+        if need_weight:
+            grad_weight = dy.t() @ rows
+        if need_bias:
+            grad_bias = dy.sum(0)
+        return dx, grad_weight, grad_bias, grad_values, None, None, None, None
+
+
+def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+    """The gradients of the reference, so that they can be differentiated again."""
+    x, weight, values, indices, _ = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
+    dx = grad_weight = grad_bias = grad_values = None
+    if need_x:
+        dx = reference.sparse_delta_linear(grad_out, weight.t(), None, values, _transposed(indices, weight.shape))
+    if need_bias:
+        grad_bias = as_rows(grad_out).sum(0)
+    if need_weight:
+        grad_weight = as_rows(grad_out).t() @ as_rows(x)
+    if need_values:
+        grad_values = reference.sampled_product(as_rows(grad_out), as_rows(x), indices, values.dtype)
+    return dx, grad_weight, grad_bias, grad_values, None, None, None, None
+
+
+def _transposed(indices: Tensor, shape: torch.Size) -> Tensor:
+    """The same positions in the transposed weight."""
+    rows, columns = shape
+    positions = indices.to(torch.int64)
+    return positions % columns * rows + positions // columns
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{_described(tensor)} on {tensor.device}"
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor) -> None:
+    """Raises before anything runs; every message names the argument, what was expected and what came."""
+    if weight.dim() != 2:
+        raise ValueError(
+            f"sparse_delta_linear: weight must be 2-D [out_features, in_features], got {_describe(weight)}"
+        )
+    out_features, in_features = weight.shape
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"sparse_delta_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"sparse_delta_linear: x must be float32, bfloat16, float16 or float64, got {_describe(x)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"sparse_delta_linear: bias must be [{out_features}], got {_describe(bias)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"sparse_delta_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
+    if values.dtype not in _FLOATING or (values.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(
+            "sparse_delta_linear: values must be float32, bfloat16 or float16 (float64 if and only if x is), "
+            f"got {_describe(values)} with x {_describe(x)}"
+        )
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"sparse_delta_linear: indices must be int32 or int64, got {_describe(indices)}")
+    if indices.dim() != 1 or values.shape != indices.shape:
+        raise ValueError(
+            "sparse_delta_linear: values and indices must be 1-D and of the same length, "
+            f"got {_describe(values)} and {_describe(indices)}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias), ("values", values), ("indices", indices)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"sparse_delta_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+
+
+# As for lora_linear: torch.func's transforms take the reference apart; the base class's apply spares a small layer the
+# price of Function.apply.
+_apply = super(torch.autograd.Function, SparseDeltaLinearFunction).apply
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def sparse_delta_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    *,
+    original: Tensor | None = None,
+    observer: Observer | None = None,
+) -> Tensor:
+    """`x weight^T + bias`, where `weight` holds the delta already; values get the gradient `(dy^T x)[indices]`.
+
+    Forward and dx cost what they cost in a frozen linear layer. Whoever changes values writes them into weight with
+    `scatter_write_` before the next call; `nn.SparseDeltaLinear` and `optim.SparseAdamW` do. Unstructured deltas save
+    no activation memory: the gradient needs all of x.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16, float16 or float64; any strides, zero rows allowed.
+        weight: `[N, K]` in x's dtype, holding `original + values` at indices. Usually frozen; gets a (dense) gradient
+            if it asks for one.
+        bias: `[N]` in x's dtype, or None.
+        values: `[nnz]`, float32, bfloat16 or float16 (float64 with float64 activations).
+        indices: `[nnz]`, int32 or int64 positions `n K + k`, sorted and unique. What `check_indices` checks is trusted
+            here.
+        original: `[nnz]` in weight's dtype: what weight held at indices before. Given where weight may have been
+            gathered anew since forward (FSDP), so that backward writes the delta again; None otherwise.
+        observer: called in backward with dy `[M, N]` and x `[M, K]`, while values get a gradient.
+
+    Returns:
+        `[..., N]` in x's dtype. Under autocast, x, weight and bias are cast to the autocast dtype first.
+
+    Inside `torch.func` transforms (`grad`, `vmap`, `jvp`) the reference runs, which they can take apart.
+
+    Saved for backward: x (only while values or weight trains); weight, values and indices by reference.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or device is off; nothing has run.
+        BackendUnavailable: inside `use_backend`, when that backend has no `sampled_product` for the call (in backward).
+
+    Source: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024, section 3.
+    """
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        if x.dtype in _FLOATING and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return sparse_delta_linear(x, weight, bias, values, indices, original=original, observer=observer)
+    _check(x, weight, bias, values, indices)
+    if torch.compiler.is_compiling():
+        apply = SparseDeltaLinearFunction.apply
+    elif _transforms_active():
+        return reference.sparse_delta_linear(x, weight, bias, values, indices)
+    else:
+        apply = _apply
+    return apply(  # type: ignore[no-any-return]
+        x, weight, bias, values, indices, original, observer, backends.forced_backend()
+    )

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from .lora import accumulation_dtype
+from .lora import accumulation_dtype, as_rows
 
 
 def _positions(indices: Tensor) -> Tensor:
@@ -85,3 +85,15 @@ def sparse_adamw_(
         if indices is None or original is None:
             raise ValueError("sparse_adamw_: indices and original must be given with weight, got None")
         scatter_write_(weight, indices, original, values)
+
+
+def sparse_delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor) -> Tensor:
+    """The whole layer as autograd sees it; differentiable any number of times. x `[..., K]`, result `[..., N]`.
+
+    weight `[N, K]` holds the delta already; what is added here is zero, and carries the derivative to values.
+    """
+    change = (values - values.detach()).to(weight.dtype)
+    zeros = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+    live = weight + zeros.index_put((_positions(indices),), change).view(weight.shape)
+    y = as_rows(x) @ live.t()
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.shape[0])
