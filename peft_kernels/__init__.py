@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import nn, ops, optim
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
-from .config import LoraConfig
+from .config import LoraConfig, SparseDeltaConfig
 from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
 from .reports import AccelerationReport, InjectionReport
@@ -21,6 +21,7 @@ __all__ = [
     "BackendUnavailable",
     "InjectionReport",
     "LoraConfig",
+    "SparseDeltaConfig",
     "accelerate",
     "backend_report",
     "eject",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .adapter_files import KEY_PREFIX, AdapterFiles, check_tensors, read_adapter, write_adapter
-from .config import LoraConfig
+from .adapter_files import KEY_PREFIX, read_adapter, write_adapter
+from .config import AdapterConfig
+from .families import AdapterLayer, Family, adapter_layers, family_of_file, family_of_layers
 from .inject import commit
-from .nn.lora import LoRALinear
-from .planning import Injection, first_peft_layer, injection_of, lora_layers, plan_injection, unwrapped
+from .planning import Injection, first_peft_layer, injection_of, plan_injection, unwrapped
 from .reports import InjectionReport
 
 
@@ -27,12 +24,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
     """Writes the model's adapter to a directory that PEFT's `PeftModel.from_pretrained` and `load_adapter` read.
 
     `adapter_config.json` and `adapter_model.safetensors`, with PEFT's keys; biases and modules_to_save as the
-    configuration says. Each file is written aside, flushed and renamed, so an interrupted save leaves the previous
-    adapter. A merged model saves the same adapter as an unmerged one. For a PEFT model this is its own
-    `save_pretrained`, put in place the same way.
+    configuration says. Sparse deltas are written as an adapter of PEFT's Super-Tuning, which PEFT loads, where every
+    layer trains the same share of its entries; otherwise in a format of ours with the same keys. Each file is written
+    aside, flushed and renamed, so an interrupted save leaves the previous adapter. A merged model saves the same
+    adapter as an unmerged one. For a PEFT model this is its own `save_pretrained`, put in place the same way.
 
     Args:
-        model: a model after `inject`, one built with `nn.LoRALinear`, or a PEFT model (accelerated or not).
+        model: a model after `inject`, one built with our drop-ins, or a PEFT model (accelerated or not).
         directory: created when missing.
         is_main_process: False takes part in gathering sharded tensors without writing.
 
@@ -45,10 +43,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
 
         save_peft_adapter(model, directory, is_main_process)
         return
-    injection = injection_of(model) or _described(model)
-    tensors = {key: _whole(tensor) for key, tensor in _adapter_tensors(model, injection).items()}
+    injection, family, layers = _adapter_of(model)
+    live = _tensors(model, family, layers, _saved_modules(model, injection), injection.config.bias)
+    tensors = {key: _whole(tensor) for key, tensor in live.items()}
     if is_main_process:
-        write_adapter(directory, _config_to_write(model, injection.config), tensors)
+        write_adapter(directory, _config_to_write(model, injection.config, family, layers), tensors)
 
 
 def load_adapter(
@@ -67,7 +66,7 @@ def load_adapter(
     is a warning.
 
     Args:
-        model: a bare model, one after `inject`, one built with `nn.LoRALinear`, or a PEFT model with one active
+        model: a bare model, one after `inject`, one built with our drop-ins, or a PEFT model with one active
             adapter, which is then overwritten.
         directory: a local adapter directory; pickles are never read.
         is_trainable: leave the adapter trainable where it is injected here.
@@ -87,54 +86,81 @@ def load_adapter(
 
         load_peft_adapter(model, files)
         return None
-    config = LoraConfig.from_dict(files.config)
-    if lora_layers(model):
-        if any(layer.merged for layer in lora_layers(model).values()):
+    family = family_of_file(files.config)
+    files = family.file_tensors(files)
+    config = family.config_type.from_dict(files.config)
+    present = adapter_layers(model)
+    if present:
+        if any(layer.merged for layer in present.values()):
             raise ValueError("model has merged layers; unmerge it before loading an adapter into it")
-        injection = injection_of(model) or _described(model)
-        expected = _adapter_tensors(model, injection)
-        check_tensors(files, expected)
-        _check_function(config, {path: _layer(model, path) for path in injection.layers}, files)
+        injection, found, layers = _adapter_of(model)
+        if found is not family:
+            raise ValueError(
+                f"the adapter in {files.directory} is of family {family.name}, the model's of {found.name}"
+            )
+        saved = _saved_modules(model, injection)
+        family.check_tensors(files, _tensors(model, family, layers, saved, injection.config.bias))
+        family.check_function(config, layers, files)
         _warn_of_other_base(model, config)
-        _copy(files.tensors, expected)
+        _load(model, family, layers, saved, injection.config.bias, files.tensors)
         return None
-    present = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    saved = [name for name in config.modules_to_save or () if any(targets.ends_in(path, name) for path in present)]
-    config = replace(config, inference_mode=not is_trainable, modules_to_save=saved or None)
-    plan = plan_injection(model, config, None, autocast_adapter_dtype)
-    check_tensors(files, _tensors(model, plan.layers, plan.saved, config.bias))
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for name in config.modules_to_save or () if any(targets.ends_in(path, name) for path in paths)]
+    config = replace(config, inference_mode=not is_trainable, modules_to_save=names or None)
+    plan = plan_injection(model, config, None, autocast_adapter_dtype, family.positions_in(files))
+    family.check_tensors(files, _tensors(model, family, plan.layers, plan.saved, config.bias))
     _warn_of_other_base(model, config)
     report = commit(model, plan)
-    _copy(files.tensors, _tensors(model, plan.layers, plan.saved, config.bias))
+    _load(model, family, plan.layers, plan.saved, config.bias, files.tensors)
     if not is_trainable:
         model.eval()
     return report
 
 
-def _layer(model: nn.Module, path: str) -> LoRALinear:
-    layer = model.get_submodule(path)
-    if not isinstance(layer, LoRALinear):
-        raise ValueError(f"{path} was adapted by inject and now is a {type(layer).__name__}; was it replaced?")
-    return layer
+def _adapter_of(model: nn.Module) -> tuple[Injection, Family, dict[str, AdapterLayer]]:
+    """How the model was adapted, and its adapter layers by path."""
+    layers = adapter_layers(model)
+    injection = injection_of(model)
+    if injection is None:
+        if not layers:
+            raise ValueError("model has no adapter: neither LoRALinear, SparseDeltaLinear nor PEFT layers")
+        if "" in layers:
+            name = type(layers[""]).__name__
+            raise ValueError(f"model is itself a {name}; put it into a module, so that it has a path to be saved under")
+        family = family_of_layers(layers.values())  # type: ignore[arg-type]
+        paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+        return Injection(family.described(layers, paths), tuple(layers), (), frozenset()), family, layers
+    for path in injection.layers:
+        if path not in layers:
+            kind = type(model.get_submodule(path)).__name__
+            raise ValueError(f"{path} was adapted by inject and now is a {kind}; was it replaced?")
+    return injection, family_of_layers(layers.values()), {path: layers[path] for path in injection.layers}  # type: ignore[arg-type]
 
 
-def _adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
-    layers = {path: _layer(model, path) for path in injection.layers}
-    saved = {path: model.get_submodule(path) for path in injection.saved_modules}
-    return _tensors(model, layers, saved, injection.config.bias)
+def _saved_modules(model: nn.Module, injection: Injection) -> dict[str, nn.Module]:
+    return {path: model.get_submodule(path) for path in injection.saved_modules}
 
 
 def _tensors(
-    model: nn.Module, layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Module], bias: str
+    model: nn.Module, family: Family, layers: Mapping[str, AdapterLayer], saved: Mapping[str, nn.Module], bias: str
 ) -> dict[str, Tensor]:
     """The adapter's live tensors by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = layer.lora_a
-        tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = layer.lora_b
-        if bias == "lora_only" and layer.bias is not None:
-            tensors[f"{KEY_PREFIX}{path}.base_layer.bias"] = layer.bias
-    if bias == "all":
+        tensors.update({KEY_PREFIX + key: tensor for key, tensor in family.tensors(path, layer).items()})
+    return {**tensors, **_tensors_beside(model, layers, saved, bias)}
+
+
+def _tensors_beside(
+    model: nn.Module, layers: Mapping[str, AdapterLayer], saved: Mapping[str, nn.Module], bias: str
+) -> dict[str, Tensor]:
+    """Trained biases and modules_to_save, by PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    if bias == "lora_only":
+        for path, layer in layers.items():
+            if layer.bias is not None:
+                tensors[f"{KEY_PREFIX}{path}.base_layer.bias"] = layer.bias
+    elif bias == "all":
         for name, parameter in model.named_parameters():
             path, _, last = name.rpartition(".")
             if last == "bias" and not any(name.startswith(f"{outer}.") for outer in saved):
@@ -146,41 +172,18 @@ def _tensors(
     return tensors
 
 
-def _described(model: nn.Module) -> Injection:
-    """The configuration of a model built by hand from `LoRALinear` layers."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("model has no adapter: neither LoRALinear nor PEFT layers")
-    if "" in layers:
-        raise ValueError("model is itself a LoRALinear; put it into a module, so that it has a path to be saved under")
-    options = [layer.options for layer in layers.values()]
-    if len({option.use_rslora for option in options}) > 1:
-        raise ValueError("one adapter file cannot hold layers with and without use_rslora")
-    r = Counter(option.r for option in options).most_common(1)[0][0]
-    lora_alpha = Counter(option.lora_alpha for option in options).most_common(1)[0][0]
-    config = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=options[0].lora_dropout,
-        use_rslora=options[0].use_rslora,
-        target_modules=targets.names_for(layers, [path for path, _ in model.named_modules(remove_duplicate=False)]),
-        rank_pattern={f"^{re.escape(path)}": layer.r for path, layer in layers.items() if layer.r != r},
-        alpha_pattern={
-            f"^{re.escape(path)}": layer.lora_alpha for path, layer in layers.items() if layer.lora_alpha != lora_alpha
-        },
-    )
-    return Injection(config, tuple(layers), (), frozenset())
-
-
 def _base_name(model: nn.Module) -> str | None:
     """The name or path the base model was loaded from, as transformers remembers it."""
     config = getattr(model, "config", None)
     return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
 
 
-def _config_to_write(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+def _config_to_write(
+    model: nn.Module, config: AdapterConfig, family: Family, layers: Mapping[str, AdapterLayer]
+) -> dict[str, Any]:
     base = config.base_model_name_or_path or _base_name(model)
-    values = replace(config, base_model_name_or_path=base, inference_mode=True).to_dict()
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    values = family.file_config(replace(config, base_model_name_or_path=base, inference_mode=True), layers, paths)
     if config.task_type is None:  # what PEFT's AutoPeftModel needs to find the class
         kind = type(model)
         values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -193,20 +196,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def _check_function(config: LoraConfig, layers: Mapping[str, LoRALinear], files: AdapterFiles) -> None:
-    """Raises when the file's scaling is not the model's: the same tensors would compute something else."""
-    for path, layer in layers.items():
-        alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        scaling = config.options(r=layer.r, lora_alpha=alpha).scaling
-        if not math.isclose(scaling, layer.options.scaling):
-            raise ValueError(
-                f"the adapter in {files.directory} scales {path} by {scaling:g} (lora_alpha={alpha:g}, r={layer.r}, "
-                f"use_rslora={config.use_rslora}), the model by {layer.options.scaling:g}; inject with the file's "
-                "configuration, or eject and load into the bare model"
-            )
-
-
-def _warn_of_other_base(model: nn.Module, config: LoraConfig) -> None:
+def _warn_of_other_base(model: nn.Module, config: AdapterConfig) -> None:
     here = _base_name(model)
     if here and config.base_model_name_or_path and here != config.base_model_name_or_path:
         warnings.warn(
@@ -215,11 +205,24 @@ def _warn_of_other_base(model: nn.Module, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+def _load(
+    model: nn.Module,
+    family: Family,
+    layers: Mapping[str, AdapterLayer],
+    saved: Mapping[str, nn.Module],
+    bias: str,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Copies a file's checked tensors into the model."""
+    into = _tensors(model, family, layers, saved, bias)
     rounded = [
-        key for key, tensor in tensors.items() if torch.promote_types(tensor.dtype, into[key].dtype) != into[key].dtype
+        key
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and torch.promote_types(tensor.dtype, into[key].dtype) != into[key].dtype
     ]
     if rounded:
         warnings.warn(f"{len(rounded)} of the adapter's tensors are rounded to the model's dtype", stacklevel=3)
-    for key, tensor in tensors.items():
-        into[key].copy_(tensor)
+    for path, layer in layers.items():
+        family.load(path, layer, tensors)
+    for key, tensor in _tensors_beside(model, layers, saved, bias).items():
+        tensor.copy_(tensors[key])

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import targets
-from .config import LoraConfig
-from .nn.lora import LoRALinear
-from .planning import STATE, Plan, injection_of, lora_layers, paths_of, plan_injection, shortened, unwrapped
+from .config import AdapterConfig
+from .families import AdapterLayer, adapter_layers
+from .planning import STATE, Plan, injection_of, paths_of, plan_injection, shortened, unwrapped, weight_owners
 from .reports import InjectionReport
 
 
 def inject(
     model: nn.Module,
-    config: LoraConfig,
+    config: AdapterConfig,
     *,
     seed: int | None = None,
     autocast_adapter_dtype: bool = True,
+    positions: Mapping[str, Tensor] | None = None,
 ) -> InjectionReport:
-    """Replaces the linear layers that `config` names by `nn.LoRALinear`, in place, and freezes everything else.
+    """Replaces the linear layers that `config` names by the family's drop-in, in place; freezes everything else.
 
-    Weights are shared, not copied. What trains afterwards: the factors, the biases that `config.bias` says, and the
-    modules in `config.modules_to_save` (in place; unlike PEFT no second copy is kept). A parameter shared between such
-    a module and another one is copied first, so that the other one stays frozen; the report notes it. A linear layer
-    whose weight is tied to another module's may be adapted: the weight stays tied and frozen. A model that is already
-    gradient checkpointing gets `enable_input_require_grads()`, as PEFT does; call it yourself when you switch
-    reentrant checkpointing on later.
+    `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`. Weights are shared, not
+    copied. What trains afterwards: the adapters, the biases that `config.bias` says, and the modules in
+    `config.modules_to_save` (in place; unlike PEFT no second copy is kept). A parameter shared between such a module
+    and another one is copied first, so that the other one stays frozen; the report notes it. A linear layer whose
+    weight is tied to another module's may get LoRA, which leaves the weight as it is; a sparse delta it may not. A
+    model that is already gradient checkpointing gets `enable_input_require_grads()`, as PEFT does; call it yourself
+    when you switch reentrant checkpointing on later.
 
     Args:
         model: any module; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
-        config: a `LoraConfig`, or PEFT's own.
-        seed: draws the initial factors from this seed, leaving torch's generators alone; None draws from torch's
-            default CPU generator.
-        autocast_adapter_dtype: True keeps the factors in float32 over a bfloat16 or float16 model (PEFT's default);
-            False gives them the base weight's dtype.
+        config: a `LoraConfig` or a `SparseDeltaConfig`, or PEFT's `LoraConfig`.
+        seed: draws the initial factors or positions from this seed, leaving torch's generators alone; None draws from
+            torch's default CPU generator.
+        autocast_adapter_dtype: True keeps what trains in float32 over a bfloat16 or float16 model (PEFT's default);
+            False gives it the base weight's dtype.
+        positions: for sparse deltas, which entries of each weight train, instead of those that the configuration
+            would choose: sorted, unique flat positions (int32 or int64) by path, for every adapted layer.
 
     Returns:
         Layer by layer what was replaced and what was left alone, and why.
@@ -46,7 +50,7 @@ def inject(
         ValueError, TypeError: nothing matches (the message lists what could), a named module cannot be replaced, the
             model has adapters already, or an option is not supported. The model is then as it was.
     """
-    return commit(model, plan_injection(model, config, seed, autocast_adapter_dtype))
+    return commit(model, plan_injection(model, config, seed, autocast_adapter_dtype, positions))
 
 
 def commit(model: nn.Module, plan: Plan) -> InjectionReport:
@@ -61,12 +65,12 @@ def commit(model: nn.Module, plan: Plan) -> InjectionReport:
         setattr(owner, name, parameter)
     setattr(model, STATE, plan.injection)
     if not config.inference_mode:
-        for parameter in _trained_with_factors(model, plan):
+        for parameter in _trained_beside(model, plan):
             parameter.requires_grad_(True)
     else:
         for layer in plan.layers.values():
-            layer.lora_a.requires_grad_(False)
-            layer.lora_b.requires_grad_(False)
+            for parameter in plan.family.parameters(layer):
+                parameter.requires_grad_(False)
     require_input_grads: Any = getattr(model, "enable_input_require_grads", None)
     if require_input_grads is not None and _checkpoints_activations(model):
         require_input_grads()
@@ -86,8 +90,8 @@ def _checkpoints_activations(model: nn.Module) -> bool:
     return bool(next((value for name in names if (value := getattr(model, name, None)) is not None), False))
 
 
-def _trained_with_factors(model: nn.Module, plan: Plan) -> Iterator[nn.Parameter]:
-    """What trains besides the factors."""
+def _trained_beside(model: nn.Module, plan: Plan) -> Iterator[nn.Parameter]:
+    """What trains besides the adapters."""
     bias = plan.injection.config.bias
     if bias == "lora_only":
         yield from (layer.bias for layer in plan.layers.values() if layer.bias is not None)
@@ -105,23 +109,23 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Puts an `nn.Linear` back in the place of every `LoRALinear`, and undoes what `inject` froze.
+    """Puts an `nn.Linear` back in the place of every adapter layer, and undoes what `inject` froze.
 
     Biases and modules_to_save that were trained keep their trained values.
 
     Args:
-        model: a model with `LoRALinear` layers.
-        merge: True leaves the update in the weights (a new weight tensor per layer, rounded once; where it was tied
-            to another module's, that tie ends, with a warning). False drops the update; the weights are the original
-            ones, to the bit.
+        model: a model with adapter layers of ours.
+        merge: True leaves the update in the weights, rounded once (for LoRA in a new weight tensor per layer; where
+            it was tied to another module's, that tie ends, with a warning). False drops the update; the weights are
+            the original ones, to the bit.
 
     Raises:
-        ValueError: the model has no `LoRALinear`.
+        ValueError: the model has no adapter layers of ours.
     """
     model = unwrapped(model)
     layers = _present(model)
     if "" in layers:
-        raise ValueError("model is itself a LoRALinear; use its to_linear(merge)")
+        raise ValueError(f"model is itself a {type(layers['']).__name__}; use its to_linear(merge)")
     places = paths_of(dict(model.named_modules(remove_duplicate=False)))
     tied = _tied_weights(model, layers) if merge else []
     for layer in layers.values():
@@ -138,30 +142,26 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         warnings.warn(f"merged weights are no longer tied to other modules': {shortened(tied, ', ')}", stacklevel=2)
 
 
-def _tied_weights(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
+def _tied_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
+    owners = weight_owners(model)
     return [path for path, layer in layers.items() if len(owners[id(layer.weight)]) > 1]
 
 
-def _present(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
+def _present(model: nn.Module) -> dict[str, AdapterLayer]:
+    layers = adapter_layers(model)
     if not layers:
         raise ValueError(
-            "model has no LoRALinear layers; for PEFT's own layers use PEFT's merge_adapter, unmerge_adapter, "
-            "merge_and_unload"
+            "model has no LoRALinear or SparseDeltaLinear layers; for PEFT's own layers use PEFT's merge_adapter, "
+            "unmerge_adapter, merge_and_unload"
         )
     return layers
 
 
 def merge(model: nn.Module) -> None:
-    """Merges every `LoRALinear` of the model: it then computes with one matrix per layer and no adapter.
+    """Merges every adapter layer of the model: it then computes with one matrix per layer and no adapter.
 
     Raises:
-        ValueError: the model has no `LoRALinear`.
+        ValueError: the model has no adapter layers of ours.
     """
     layers = [layer for layer in _present(model).values() if not layer.merged]
     if not layers:
@@ -174,7 +174,7 @@ def unmerge(model: nn.Module) -> None:
     """Undoes `merge`, to the bit.
 
     Raises:
-        ValueError: the model has no `LoRALinear`.
+        ValueError: the model has no adapter layers of ours.
     """
     layers = [layer for layer in _present(model).values() if layer.merged]
     if not layers:

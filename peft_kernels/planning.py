@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import targets
-from .config import LoraConfig
-from .nn.linear import takeover_obstacle, type_name
-from .nn.lora import LoRALinear
+from .config import AdapterConfig
+from .families import LAYER_TYPES, AdapterLayer, Family, family_of_config
+from .nn.linear import type_name
 from .reports import LayerReport
 
 STATE = "_peft_kernels_injection"
@@ -30,7 +30,7 @@ class Injection:
         trainable_before: names of the parameters that trained before.
     """
 
-    config: LoraConfig
+    config: Any
     layers: tuple[str, ...]
     saved_modules: tuple[str, ...]
     trainable_before: frozenset[str]
@@ -41,7 +41,8 @@ class Plan:
     """An injection worked out and checked, with every new tensor allocated, and nothing of the model changed yet."""
 
     injection: Injection
-    layers: dict[str, LoRALinear]
+    family: Family
+    layers: dict[str, AdapterLayer]
     places: dict[str, tuple[str, ...]]
     saved: dict[str, nn.Module]
     untied: tuple[tuple[nn.Module, str, nn.Parameter], ...]
@@ -58,11 +59,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's `LoRALinear` layers by path, a layer used at several places once, by its first."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def paths_of(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
@@ -84,43 +80,38 @@ def injection_of(model: nn.Module) -> Injection | None:
     return unwrapped(model).__dict__.get(STATE)
 
 
-def plan_injection(model: nn.Module, config: Any, seed: int | None, autocast_adapter_dtype: bool) -> Plan:
+def plan_injection(
+    model: nn.Module,
+    config: Any,
+    seed: int | None,
+    autocast_adapter_dtype: bool,
+    positions: Mapping[str, Tensor] | None = None,
+) -> Plan:
     """Everything of `inject` that can fail; arguments and errors are those of `inject`."""
-    config = _checked_config(config)
+    family = family_of_config(config)
+    config = _checked_config(config, family)
     _check_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     saved = _modules_to_save(config, modules)
     holders = paths_of(modules)
-    chosen, rows, notes = _choose(model, config, modules, holders)
+    chosen, rows, notes = _choose(model, config, family, modules, holders)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    layers: dict[str, LoRALinear] = {}
-    places: dict[str, tuple[str, ...]] = {}
-    for path in chosen:
-        linear = modules[path]
-        assert isinstance(linear, nn.Linear)
-        options = config.options(
-            r=targets.pattern_value(config.rank_pattern, path, config.r),
-            lora_alpha=targets.pattern_value(config.alpha_pattern, path, config.lora_alpha),
-        )
-        if not autocast_adapter_dtype:
-            options = replace(options, adapter_dtype=linear.weight.dtype)
-        layers[path] = LoRALinear.over(linear, options, generator)
-        places[path] = tuple(holders[id(linear)])
+    linears = {path: module for path in chosen if isinstance(module := modules[path], nn.Linear)}
+    layers = family.build(config, linears, generator, autocast_adapter_dtype, positions)
+    places = {path: tuple(holders[id(modules[path])]) for path in chosen}
     if targets.wants_all_linear(config):
         config = replace(config, target_modules=targets.names_for(chosen, modules), exclude_modules=None)
     untied, untied_notes = _untied(model, saved)
     parameters = model.named_parameters(remove_duplicate=False)
     before = frozenset(name for name, parameter in parameters if parameter.requires_grad)
     injection = Injection(config, tuple(layers), tuple(saved), before)
-    return Plan(injection, layers, places, saved, untied, tuple(rows), tuple(notes + untied_notes))
+    return Plan(injection, family, layers, places, saved, untied, tuple(rows), tuple(notes + untied_notes))
 
 
-def _checked_config(config: Any) -> LoraConfig:
-    if isinstance(config, LoraConfig):
+def _checked_config(config: Any, family: Family) -> AdapterConfig:
+    if isinstance(config, AdapterConfig):
         return replace(config)  # a copy, checked anew: the caller's may have been edited since
-    if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
-        return LoraConfig.from_dict(config.to_dict())
-    raise TypeError(f"config must be a LoraConfig, got {type(config).__name__}")
+    return family.config_type.from_dict(config.to_dict())
 
 
 def _check_model(model: nn.Module) -> None:
@@ -129,13 +120,14 @@ def _check_model(model: nn.Module) -> None:
     if unwrapped(model) is not model:
         raise ValueError("model is wrapped by torch.compile or DistributedDataParallel; inject into the model first")
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            raise ValueError(f"model has adapters already ({path or 'the model'} is a LoRALinear); eject them first")
+        if isinstance(module, LAYER_TYPES):
+            where = f"{path or 'the model'} is a {type(module).__name__}"
+            raise ValueError(f"model has adapters already ({where}); eject them first")
     if (path := first_peft_layer(model)) is not None:
         raise ValueError(f"model has PEFT adapters already (at {path}); use accelerate(model) to speed them up")
 
 
-def _modules_to_save(config: LoraConfig, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _modules_to_save(config: AdapterConfig, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The modules to train in full by path, outermost only; raises when a name means nothing here."""
     found: dict[str, nn.Module] = {}
     for name in config.modules_to_save or ():
@@ -152,11 +144,16 @@ def _modules_to_save(config: LoraConfig, modules: dict[str, nn.Module]) -> dict[
 
 
 def _choose(
-    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], holders: dict[int, list[str]]
+    model: nn.Module,
+    config: AdapterConfig,
+    family: Family,
+    modules: dict[str, nn.Module],
+    holders: dict[int, list[str]],
 ) -> tuple[list[str], list[LayerReport], list[str]]:
     """Paths to replace, one report row per linear layer, and notes."""
     everything = targets.wants_all_linear(config)
     output = targets.output_layer(model, config) if everything else None
+    owners = weight_owners(model)
     rows: list[LayerReport] = []
     refused: list[str] = []
     for paths in holders.values():
@@ -167,7 +164,7 @@ def _choose(
         verdicts = [(path, _not_named(config, path, module is output)) for path in paths]
         path, reason = next((verdict for verdict in verdicts if verdict[1] is None), verdicts[0])
         if reason is None:
-            reason = _obstacle(model, path, modules)
+            reason = _obstacle(model, path, modules, family, owners)
             if reason is not None and not everything:
                 refused.append(f"{path or 'the model'}: {reason}")
         elif not linear:
@@ -182,7 +179,7 @@ def _choose(
     return chosen, rows, notes
 
 
-def _not_named(config: LoraConfig, path: str, is_output: bool) -> str | None:
+def _not_named(config: AdapterConfig, path: str, is_output: bool) -> str | None:
     """Why the configuration does not mean the module at `path`; None when it does."""
     excluded = targets.exclusion(config, path)
     if excluded is not None:
@@ -192,15 +189,29 @@ def _not_named(config: LoraConfig, path: str, is_output: bool) -> str | None:
     return None if targets.is_target(config, path) else "target_modules does not name it"
 
 
-def _obstacle(model: nn.Module, path: str, modules: dict[str, nn.Module]) -> str | None:
+def _obstacle(
+    model: nn.Module, path: str, modules: dict[str, nn.Module], family: Family, owners: dict[int, set[int]]
+) -> str | None:
     """Why the module at `path` cannot be replaced; None when it can."""
     if not path:
-        return "it is the whole model; use nn.LoRALinear.from_linear"
+        return f"it is the whole model; use nn.{family.layer_type.__name__}.from_linear"
     parent = modules[path.rpartition(".")[0]]
-    return takeover_obstacle(modules[path]) or targets.bypassed(model, path, parent)
+    weight = modules[path]._parameters.get("weight")
+    shared = weight is not None and len(owners[id(weight)]) > 1
+    return family.obstacle(modules[path], shared) or targets.bypassed(model, path, parent)
 
 
-def _nothing_matches(config: LoraConfig, rows: list[LayerReport]) -> str:
+def weight_owners(model: nn.Module) -> dict[int, set[int]]:
+    """By the id of each parameter, the ids of the modules that have it."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+    return owners
+
+
+def _nothing_matches(config: AdapterConfig, rows: list[LayerReport]) -> str:
     if targets.wants_all_linear(config):
         reasons = sorted({f"{row.path}: {row.reason}" for row in rows})
         found = shortened(reasons, "; ") if reasons else "the model has none"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from .config import LoraConfig
+from .config import AdapterConfig
 
 ALL_LINEAR = "all-linear"
 _MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
@@ -25,7 +25,7 @@ def _named_by(names: Collection[str] | str, path: str) -> bool:
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
-def _in_chosen_layer(config: LoraConfig, path: str) -> bool:
+def _in_chosen_layer(config: AdapterConfig, path: str) -> bool:
     """Whether the first index in `path` (below `layers_pattern`, when given) is in `layers_to_transform`."""
     chosen = config.layers_to_transform
     if chosen is None or chosen == []:
@@ -40,7 +40,7 @@ def _in_chosen_layer(config: LoraConfig, path: str) -> bool:
     return int(found["index"]) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
-def exclusion(config: LoraConfig, path: str) -> str | None:
+def exclusion(config: AdapterConfig, path: str) -> str | None:
     """Why the configuration keeps `path` out whatever `target_modules` says; None when it does not."""
     if config.exclude_modules and _named_by(config.exclude_modules, path):
         return "exclude_modules names it"
@@ -50,7 +50,7 @@ def exclusion(config: LoraConfig, path: str) -> str | None:
     return None
 
 
-def is_target(config: LoraConfig, path: str) -> bool:
+def is_target(config: AdapterConfig, path: str) -> bool:
     """Whether `target_modules` (not "all-linear"), `layers_to_transform` and `layers_pattern` name `path`."""
     targets = config.target_modules
     if targets is None or not _named_by(targets, path):
@@ -59,13 +59,13 @@ def is_target(config: LoraConfig, path: str) -> bool:
     return path in targets if isinstance(targets, list) and path in targets else _in_chosen_layer(config, path)
 
 
-def wants_all_linear(config: LoraConfig) -> bool:
+def wants_all_linear(config: AdapterConfig) -> bool:
     """Whether the configuration asks for every linear layer, by name or by saying nothing."""
     targets = config.target_modules
     return targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
 
 
-def output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
+def output_layer(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
     """The module that "all-linear" leaves out: the output embedding, or a sequence classifier's head."""
     getter = getattr(model, "get_output_embeddings", None)
     layer = getter() if callable(getter) else None
@@ -84,7 +84,7 @@ def bypassed(model: nn.Module, path: str, parent: nn.Module) -> str | None:
     return None
 
 
-def pattern_value(patterns: dict[str, float], path: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first pattern whose regular expression matches the end of `path`, at a dot."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):

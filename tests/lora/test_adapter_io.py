@@ -200,7 +200,7 @@ DAMAGE = {
         lambda s: (s.path / "adapter_model.safetensors").rename(s.path / "adapter_model.bin"),
         "holds its weights as a pickle",
     ),
-    "method": (lambda s: s.config(peft_type="IA3"), "peft_type must be 'LORA'"),
+    "method": (lambda s: s.config(peft_type="IA3"), "peft_type must be one of 'LORA'"),
     "variant": (lambda s: s.config(use_dora=True), "use_dora=True is not supported"),
     "targets": (lambda s: s.config(target_modules=["w1"]), "no layer matches"),
 }

@@ -1,0 +1,7 @@
+"""What to adapt and how: configuration classes with the field names and defaults of Hugging Face PEFT."""
+
+from .base import AdapterConfig
+from .lora import LoraConfig
+from .sparse_delta import SparseDeltaConfig
+
+__all__ = ["AdapterConfig", "LoraConfig", "SparseDeltaConfig"]
