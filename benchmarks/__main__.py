@@ -19,7 +19,8 @@ from .suites import SUITES, Suite
 BENCHMARKS: dict[str, Callable[[Suite, Progress], Record]] = {
     "lora_layer": lora.run,
     "call_overhead": calls.run,
-    "lora_model": model.run,
+    "lora_model": model.run_lora,
+    "sparse_delta_model": model.run_sparse_delta,
 }
 
 
@@ -42,7 +43,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _wanted(suite: Suite, names: Sequence[str]) -> list[str]:
-    cases = {"lora_layer": suite.layers, "call_overhead": suite.calls, "lora_model": suite.models}
+    cases = {
+        "lora_layer": suite.layers,
+        "call_overhead": suite.calls,
+        "lora_model": suite.models,
+        "sparse_delta_model": suite.sparse_models,
+    }
     return [name for name in names if cases[name]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +12,25 @@ import peft_kernels as pk
 from peft_kernels.training.models import LoadedModel, load_model
 
 from . import model_arms, model_memory
+from .arm_families import family_of
 from .cases import Progress, Record, failure, run_cases
 from .harness import Arm, interleave, summarize
 from .model_arms import ModelArm
-from .peers import PEFT
-from .suites import ModelCase, Suite
+from .suites import ModelCase, SparseModelCase, Suite
 
-BASES = (model_arms.FROZEN, PEFT)
+AnyModelCase = ModelCase | SparseModelCase
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest accepted relative difference of the first loss to PEFT's, without dropout."""
 
 
-def _build(base: nn.Module, case: ModelCase) -> tuple[list[ModelArm], dict[str, Record]]:
+def _build(base: nn.Module, case: AnyModelCase) -> tuple[list[ModelArm], dict[str, Record]]:
     """The arms that could be built, and a record for every arm."""
     arms: list[ModelArm] = []
     records: dict[str, Record] = {}
-    for name in model_arms.arm_names(case.dtype):
+    family = family_of(case)
+    for name in family.names(case):
         try:
-            arm = model_arms.build(name, base, case)
+            arm = family.build(name, base, case)
         except Exception as error:
             records[name] = failure(error)
             continue
@@ -42,26 +44,27 @@ def _build(base: nn.Module, case: ModelCase) -> tuple[list[ModelArm], dict[str, 
     return arms, records
 
 
-def _check_losses(arms: Sequence[ModelArm], records: dict[str, Record], case: ModelCase, batch: Tensor) -> None:
+def _check_losses(arms: Sequence[ModelArm], records: dict[str, Record], case: AnyModelCase, batch: Tensor) -> None:
     """Records every arm's first loss and marks as wrong an arm whose loss without dropout is not PEFT's."""
     for arm in arms:
         loss = arm.forward_backward(batch)
         for parameter in arm.trainable().values():
             parameter.grad = None
         records[arm.name]["first_loss"] = loss.item()
-    reference = records.get(PEFT, {}).get("first_loss")
-    if case.dropout_p > 0.0 or reference is None:
+    peft = family_of(case).peft(case)
+    reference = records.get(peft, {}).get("first_loss")
+    if (isinstance(case, ModelCase) and case.dropout_p > 0.0) or reference is None:
         return
     for name, record in records.items():
         if name == model_arms.FROZEN or "first_loss" not in record:
             continue
         difference = abs(record["first_loss"] - reference) / abs(reference)
         if not difference <= _TOLERANCE[case.dtype]:
-            reason = f"first loss {record['first_loss']} is {difference:.1e} off PEFT's {reference}"
+            reason = f"first loss {record['first_loss']} is {difference:.1e} off {reference} of {peft}"
             record.update(status="wrong", reason=reason)
 
 
-def measure(case: ModelCase, suite: Suite, base: nn.Module, tokens: Sequence[Tensor]) -> Record:
+def measure(case: AnyModelCase, suite: Suite, base: nn.Module, tokens: Sequence[Tensor]) -> Record:
     """Seconds per step of every arm, interleaved in this process."""
     arms, records = _build(base, case)
     _check_losses(arms, records, case, tokens[0])
@@ -71,10 +74,12 @@ def measure(case: ModelCase, suite: Suite, base: nn.Module, tokens: Sequence[Ten
         return lambda i: arm.step(tokens[i % len(tokens)])
 
     timed = [Arm(arm.name, run(arm)) for arm in ready]
-    times = summarize(interleave(timed, suite.model_plan, suite.device_type), BASES)
+    family = family_of(case)
+    bases = (model_arms.FROZEN, family.peft(case))
+    times = summarize(interleave(timed, suite.model_plan, suite.device_type), bases)
     for arm in ready:
         records[arm.name].update(times[arm.name], status="measured")
-    return {"limits": {"ideal_ratio": model_arms.ideal_ratio(base, case)}, "arms": records}
+    return {"limits": {"ideal_ratio": family.ideal_ratio(base, case)}, "arms": records}
 
 
 class _Models:
@@ -86,7 +91,7 @@ class _Models:
         self._key: tuple[str, torch.dtype] | None = None
         self._loaded: LoadedModel | None = None
 
-    def get(self, case: ModelCase) -> LoadedModel:
+    def get(self, case: AnyModelCase) -> LoadedModel:
         key = case.model, case.dtype
         if self._loaded is None or self._key != key:
             self._loaded = None  # frees the last model before the next one is loaded
@@ -95,13 +100,12 @@ class _Models:
         return self._loaded
 
 
-def run(suite: Suite, progress: Progress) -> Record:
-    """All model cases of `suite`."""
+def _run(suite: Suite, cases: Sequence[Any], progress: Progress) -> Record:
     # For every arm alike, and what `peft-kernels finetune` does: the frozen model gains as much as the others.
     keeps_memory = suite.device_type == "cpu" and pk.keep_freed_memory()
     models = _Models(torch.device(suite.device_type))
 
-    def one(case: ModelCase) -> Record:
+    def one(case: AnyModelCase) -> Record:
         source = models.get(case)
         tokens = [batch.to(models.device) for batch in model_arms.batches(source.tokenizer, case, count=4)]
         record = measure(case, suite, source.model, tokens)
@@ -111,16 +115,33 @@ def run(suite: Suite, progress: Progress) -> Record:
 
     train_info: Record = {
         "models": models.descriptions,
-        "optimizer": model_arms.OPTIMIZER,
+        "optimizer": family_of(cases[0]).optimizer,
         "keep_freed_memory": keeps_memory,
     }
-    return run_cases(suite.models, one, describe, progress, train_info)
+    return run_cases(cases, one, describe, progress, train_info)
+
+
+def run_lora(suite: Suite, progress: Progress) -> Record:
+    """All model cases of `suite` for LoRA."""
+    return _run(suite, suite.models, progress)
+
+
+def run_sparse_delta(suite: Suite, progress: Progress) -> Record:
+    """All model cases of `suite` for sparse deltas."""
+    return _run(suite, suite.sparse_models, progress)
 
 
 def _label(record: Record) -> str:
     case = record["case"]
     size = f"{case['batch_size']} x {case['sequence_length']}"
-    return f"{case['model']} {size} r={case['r']} {case['dtype']} p={case['dropout_p']}"
+    return f"{case['model']} {size} {adapter_of(case)} {case['dtype']}"
+
+
+def adapter_of(case: Record) -> str:
+    """The adapter of a case, in words."""
+    if "dropout_p" in case:
+        return f"r={case['r']}, dropout {case['dropout_p']}"
+    return f"as many as r={case['r']}" if case["density"] is None else f"density {case['density']:.2%}"
 
 
 def describe(record: Record) -> str:

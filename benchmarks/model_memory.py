@@ -12,8 +12,11 @@ import torch
 from peft_kernels.training.models import LoadedModel, load_model
 
 from . import memory, model_arms
+from .arm_families import family_of
 from .cases import Record, failure
-from .suites import ModelCase
+from .suites import ModelCase, SparseModelCase
+
+AnyModelCase = ModelCase | SparseModelCase
 
 _WARMUP_STEPS = 2  # the first fills the optimizer's state, the second the libraries' caches
 # Imported once by the server that forks the fresh processes, so in every arm alike.
@@ -21,7 +24,7 @@ _PRELOADED = ["benchmarks.model_memory", "peft", "transformers.models.llama.mode
 _MEASURES = ("resident_bytes", "tensor_bytes")
 
 
-def measure_here(directory: str, name: str, case: ModelCase) -> dict[str, int]:
+def measure_here(directory: str, name: str, case: AnyModelCase) -> dict[str, int]:
     """Peaks of one step of arm `name` in this process.
 
     Args:
@@ -36,7 +39,7 @@ def measure_here(directory: str, name: str, case: ModelCase) -> dict[str, int]:
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.clone()  # the heap's own memory, not pages of the weight file
     batch = model_arms.batches(loaded.tokenizer, case, count=1)[0]
-    arm = model_arms.build(name, loaded.model, case)
+    arm = family_of(case).build(name, loaded.model, case)
     for _ in range(_WARMUP_STEPS):
         arm.step(batch)
     before, resident = memory.peak_resident_bytes(lambda: arm.step(batch))
@@ -50,7 +53,7 @@ def measure_here(directory: str, name: str, case: ModelCase) -> dict[str, int]:
     }
 
 
-def _child(connection: Connection, directory: str, name: str, case: ModelCase, threads: int) -> None:
+def _child(connection: Connection, directory: str, name: str, case: AnyModelCase, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         connection.send(measure_here(directory, name, case))
@@ -58,7 +61,7 @@ def _child(connection: Connection, directory: str, name: str, case: ModelCase, t
         connection.send(traceback.format_exc())
 
 
-def _measure_apart(directory: str, name: str, case: ModelCase) -> dict[str, int]:
+def _measure_apart(directory: str, name: str, case: AnyModelCase) -> dict[str, int]:
     """`measure_here` in a fresh process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -77,10 +80,10 @@ def _measure_apart(directory: str, name: str, case: ModelCase) -> dict[str, int]
     return result
 
 
-def add_to(records: dict[str, Record], case: ModelCase, source: LoadedModel) -> None:
+def add_to(records: dict[str, Record], case: AnyModelCase, source: LoadedModel) -> None:
     """Adds `memory` to the record of every arm that was timed, with what it adds above the frozen model's peak.
 
-    `added.relative_to_peft` is that over what PEFT adds. Linux only, CPU only.
+    `added.relative_to_peft` is that over what the family's PEFT arm adds. Linux only, CPU only.
     """
     with tempfile.TemporaryDirectory(prefix="peft-kernels-benchmark-") as directory:
         source.model.save_pretrained(directory)  # type: ignore[operator]
@@ -97,8 +100,9 @@ def add_to(records: dict[str, Record], case: ModelCase, source: LoadedModel) -> 
         return
     for memory_of_arm in taken.values():
         memory_of_arm["added"] = {key: memory_of_arm[key] - frozen[key] for key in _MEASURES}
-    if model_arms.PEFT in taken:
-        base = dict(taken[model_arms.PEFT]["added"])
+    peft = family_of(case).peft(case)
+    if peft in taken:
+        base = dict(taken[peft]["added"])
         for memory_of_arm in taken.values():
             added = memory_of_arm["added"]
             added["relative_to_peft"] = {key: added[key] / base[key] if base[key] > 0 else None for key in _MEASURES}

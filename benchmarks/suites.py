@@ -36,6 +36,19 @@ class ModelCase:
 
 
 @dataclass(frozen=True)
+class SparseModelCase:
+    """The same with a sparse delta in every linear of the decoder, as many entries in all as LoRA of rank r has
+    parameters, or a share of each weight's; one of the two."""
+
+    model: str
+    batch_size: int
+    sequence_length: int
+    r: int | None
+    density: float | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CallCase:
     """Call overhead: one layer so small that only the host's work takes time."""
 
@@ -63,6 +76,7 @@ class Suite:
     calls: tuple[CallCase, ...]
     call_plan: Plan
     models: tuple[ModelCase, ...] = ()
+    sparse_models: tuple[SparseModelCase, ...] = ()
     model_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     backends: tuple[str, ...] = ()
     memory_of_model: bool = False
@@ -80,6 +94,10 @@ def _cpu() -> Suite:
         calls=tuple(CallCase(1, 64, 64, 16, p, iterations=200) for p in (0.0, 0.05)),
         call_plan=Plan(warmup=2, min_rounds=31, max_rounds=61, seconds=10.0),
         models=tuple(ModelCase("smollm2", 2, 256, 16, dtype, p) for dtype in (BF16, FP32) for p in (0.0, 0.05)),
+        sparse_models=(
+            SparseModelCase("smollm2", 2, 256, 16, None, BF16),
+            SparseModelCase("smollm2", 2, 256, None, 0.005, BF16),
+        ),
         model_plan=Plan(warmup=2, min_rounds=11, max_rounds=15, seconds=120.0),
         memory_of_model=True,
     )
@@ -108,6 +126,10 @@ def _smoke() -> Suite:
         calls=(CallCase(1, 64, 64, 4, 0.0, iterations=2),),
         call_plan=quick,
         models=(ModelCase("random:llama-tiny", 2, 16, 4, BF16, 0.05),),
+        sparse_models=(
+            SparseModelCase("random:llama-tiny", 2, 16, 2, None, BF16),
+            SparseModelCase("random:llama-tiny", 2, 16, None, 0.05, FP32),
+        ),
         model_plan=quick,
         backends=("reference", "triton"),
         memory_of_model=True,

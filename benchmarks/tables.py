@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import lora, model_arms, peers
+from . import lora, model, model_arms, peers
 from .results import Section
 
 NOT_MEASURED = "not measured"
@@ -107,13 +107,13 @@ def layer_memory(section: Section) -> str:
 
 def _model_label(case: dict[str, Any]) -> Row:
     size = f"{case['batch_size']} x {case['sequence_length']}"
-    return [f"{case['model']}, {size}, r={case['r']}", case["dtype"], str(case["dropout_p"])]
+    return [f"{case['model']}, {size}", model.adapter_of(case), case["dtype"]]
 
 
 def model_time(section: Section) -> str:
     """Time per training step, relative to the frozen model."""
     names = _arm_names(section, leave_out=model_arms.FROZEN)
-    header = ["model", "dtype", "dropout", f"{model_arms.FROZEN}, s per step", *names, "limit: ideal"]
+    header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, s per step", *names, "limit: ideal"]
     rows = []
     for record in section["train_info"]["cases"]:
         limits = record.get("limits")
@@ -131,7 +131,7 @@ def model_time(section: Section) -> str:
 def model_memory(section: Section) -> str:
     """MB that an adapter adds to the frozen model's peak: resident memory / tensors, and as a share of PEFT's."""
     names = _arm_names(section, leave_out=model_arms.FROZEN)
-    header = ["model", "dtype", "dropout", f"{model_arms.FROZEN}, peak MB", *names]
+    header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, peak MB", *names]
 
     def peak(arm: dict[str, Any]) -> str:
         taken = arm.get("memory", {})
