@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import calls, lora, metadata, model, report, results
+from . import calls, lora, metadata, model, report, results, sparse_delta
 from .cases import Progress, Record, failures
 from .suites import SUITES, Suite
 
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Suite, Progress], Record]] = {
     "lora_layer": lora.run,
     "call_overhead": calls.run,
     "lora_model": model.run_lora,
+    "sparse_delta": sparse_delta.run,
     "sparse_delta_model": model.run_sparse_delta,
 }
 
@@ -47,6 +48,7 @@ def _wanted(suite: Suite, names: Sequence[str]) -> list[str]:
         "lora_layer": suite.layers,
         "call_overhead": suite.calls,
         "lora_model": suite.models,
+        "sparse_delta": suite.sparse,
         "sparse_delta_model": suite.sparse_models,
     }
     return [name for name in names if cases[name]]

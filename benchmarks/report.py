@@ -45,6 +45,7 @@ _KINDS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "lora-memory": ("lora_layer", tables.layer_memory),
     "model-time": ("lora_model", tables.model_time),
     "model-memory": ("lora_model", tables.model_memory),
+    "sparse-operations": ("sparse_delta", tables.sparse_operations),
     "sparse-model-time": ("sparse_delta_model", tables.model_time),
     "sparse-model-memory": ("sparse_delta_model", tables.model_memory),
     "call-overhead": ("call_overhead", tables.call_overhead),

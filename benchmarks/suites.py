@@ -49,6 +49,19 @@ class SparseModelCase:
 
 
 @dataclass(frozen=True)
+class SparseCase:
+    """One operation on a weight `[N, K]` of which `density` trains, with M tokens: "write", "adamw", "gradient" or
+    "layer", see `benchmarks/sparse_delta.py`."""
+
+    operation: str
+    M: int
+    K: int
+    N: int
+    density: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CallCase:
     """Call overhead: one layer so small that only the host's work takes time."""
 
@@ -76,10 +89,21 @@ class Suite:
     calls: tuple[CallCase, ...]
     call_plan: Plan
     models: tuple[ModelCase, ...] = ()
+    sparse: tuple[SparseCase, ...] = ()
+    sparse_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     sparse_models: tuple[SparseModelCase, ...] = ()
     model_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     backends: tuple[str, ...] = ()
     memory_of_model: bool = False
+
+
+def _sparse(M: int, K: int, N: int, operations: dict[str, tuple[float, ...]]) -> tuple[SparseCase, ...]:
+    return tuple(
+        SparseCase(operation, M, K, N, density, dtype)
+        for operation, densities in operations.items()
+        for dtype in (BF16, FP32)
+        for density in densities
+    )
 
 
 def _cpu() -> Suite:
@@ -94,6 +118,12 @@ def _cpu() -> Suite:
         calls=tuple(CallCase(1, 64, 64, 16, p, iterations=200) for p in (0.0, 0.05)),
         call_plan=Plan(warmup=2, min_rounds=31, max_rounds=61, seconds=10.0),
         models=tuple(ModelCase("smollm2", 2, 256, 16, dtype, p) for dtype in (BF16, FP32) for p in (0.0, 0.05)),
+        sparse=(
+            *_sparse(1024, 2048, 2048, dict.fromkeys(("write", "adamw", "layer"), (0.005, 0.05))),
+            *_sparse(1024, 2048, 2048, {"gradient": (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}),
+            *_sparse(512, 576, 1536, {"gradient": (0.005, 0.05)}),
+        ),
+        sparse_plan=Plan(warmup=20, min_rounds=31, max_rounds=301, seconds=2.0),
         sparse_models=(
             SparseModelCase("smollm2", 2, 256, 16, None, BF16),
             SparseModelCase("smollm2", 2, 256, None, 0.005, BF16),
@@ -126,6 +156,8 @@ def _smoke() -> Suite:
         calls=(CallCase(1, 64, 64, 4, 0.0, iterations=2),),
         call_plan=quick,
         models=(ModelCase("random:llama-tiny", 2, 16, 4, BF16, 0.05),),
+        sparse=_sparse(32, 48, 40, dict.fromkeys(("write", "adamw", "layer", "gradient"), (0.05,))),
+        sparse_plan=quick,
         sparse_models=(
             SparseModelCase("random:llama-tiny", 2, 16, 2, None, BF16),
             SparseModelCase("random:llama-tiny", 2, 16, None, 0.05, FP32),

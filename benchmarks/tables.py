@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import lora, model, model_arms, peers
+from . import lora, model, model_arms, peers, sparse_delta
 from .results import Section
 
 NOT_MEASURED = "not measured"
@@ -160,6 +160,24 @@ def model_memory(section: Section) -> str:
         for record in section["train_info"]["cases"]
     ]
     return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+
+
+def _sparse_label(case: dict[str, Any]) -> Row:
+    size = f"{case['K']} to {case['N']}, M={case['M']}"
+    return [case["operation"], size, f"{case['density']:.1%}", case["dtype"]]
+
+
+def sparse_operations(section: Section) -> str:
+    """One operation on a sparse delta, beside the way without it; times in microseconds."""
+    header = ["operation", "layer", "density", "dtype", "ours, us", "compared with", "us", "ours relative to it"]
+    rows = []
+    for record in section["train_info"]["cases"]:
+        ours = _cell(record, sparse_delta.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+        for base in sparse_delta.BASES[record["case"]["operation"]]:
+            time = _cell(record, base, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+            ratio = _cell(record, sparse_delta.OURS, lambda arm, base=base: _ratio(arm, base))  # type: ignore[misc]
+            rows.append([*_sparse_label(record["case"]), ours, base, time, ratio])
+    return markdown(header, [*rows, *_unreached(section, _sparse_label, len(header) - 4)])
 
 
 def _call_label(case: dict[str, Any]) -> Row:

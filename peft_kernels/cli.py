@@ -64,10 +64,28 @@ def finetune(
         _option("data", "Text file, .jsonl file, or a directory of them (default: the standard library's sources)"),
     ] = None,
     method: Annotated[str | None, _option("method", "Adapter")] = None,
-    r: Annotated[int | None, _option("r", "Rank", "--r")] = None,
+    r: Annotated[
+        int | None, _option("r", "Rank; a sparse delta without --density has as many entries as LoRA of it", "--r")
+    ] = None,
     lora_alpha: Annotated[float | None, _option("lora_alpha", "The update is scaled by alpha / r")] = None,
     lora_dropout: Annotated[float | None, _option("lora_dropout", "Dropout on the adapter's input")] = None,
     use_rslora: Annotated[bool | None, _option("use_rslora", "Scale by alpha / sqrt(r)")] = None,
+    density: Annotated[
+        float | None, _option("density", "Share of each weight's entries that train, instead of --r")
+    ] = None,
+    selection: Annotated[str | None, _option("selection", "How a sparse delta's positions are chosen")] = None,
+    reselection_steps: Annotated[
+        int | None, _option("reselection_steps", "Steps from one reselection to the next")
+    ] = None,
+    selection_accumulation_steps: Annotated[
+        int | None, _option("selection_accumulation_steps", "Steps whose gradients a reselection goes by")
+    ] = None,
+    reselection_rate: Annotated[
+        float | None, _option("reselection_rate", "Share of entries that move, at first")
+    ] = None,
+    reselection_schedule: Annotated[
+        str | None, _option("reselection_schedule", "How that share falls to 0 over the run")
+    ] = None,
     target_modules: Annotated[
         str | None, _option("target_modules", "Layer names separated by commas, or all-linear")
     ] = None,

@@ -1,24 +1,23 @@
-"""The arms of a run: our layers, and on request PEFT's over the same frozen weights, from the same initial adapter."""
+"""The arms of a run: our layers, and on request PEFT's over the same base weights, from the same initial adapter."""
 
 from __future__ import annotations
 
 import copy
 import math
-import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import peft_kernels as pk
-
-from .errors import UserError, require
+from ..nn import SparseDeltaLinear
+from ..reselection import Reselector
 from .settings import Settings
 
 OURS = "peft-kernels"
 PEFT = "PEFT"
+SHIRA = "PEFT SHiRA"
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,19 @@ class StepRecord:
 
 @dataclass
 class Arm:
-    """One model in training."""
+    """One model in training.
+
+    Attributes:
+        parameters: what trains, by name.
+        reselector: what moves the entries of a sparse delta, or None.
+        history: the steps so far.
+    """
 
     name: str
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    reselector: Reselector | None = None
     history: list[StepRecord] = field(default_factory=list)
 
     def losses(self) -> list[float]:
@@ -55,70 +61,41 @@ class Arm:
         """The history in plain values, for JSON."""
         return [asdict(record) for record in self.history]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What training has changed, by name: the parameters, and the positions of sparse deltas."""
+        positions = {f"{path}.indices": layer.indices for path, layer in self._sparse_layers().items()}
+        return {**{name: parameter.detach() for name, parameter in self.parameters.items()}, **positions}
 
-def build_arms(model: Any, settings: Settings) -> tuple[list[Arm], str]:
-    """Turns the base model into the arms that `settings` ask for, ours first; the base weights are shared.
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts what `tensors` gave back in place."""
+        for path, layer in self._sparse_layers().items():
+            layer.set_delta(tensors[f"{path}.indices"].to(layer.indices.device))
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
 
-    Returns:
-        The arms, and what `inject` reported about ours.
+    def _sparse_layers(self) -> dict[str, SparseDeltaLinear]:
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, SparseDeltaLinear)}
 
-    Raises:
-        UserError: target modules that match nothing, or peft missing for the comparison.
-    """
-    model.config.use_cache = False
-    compare = settings.compare == "peft"
-    if compare:
-        require("peft")
-    other = copy_sharing_parameters(model) if compare else None
-    keep_float32 = settings.adapter_dtype == "float32"
-    try:
-        report = pk.inject(model, _our_config(settings), seed=settings.seed, autocast_adapter_dtype=keep_float32)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the adapter cannot be added to this model: {error}") from error
-    arms = [_arm(OURS, model, settings)]
-    if other is not None:
-        arms.append(_arm(PEFT, _peft_model(other, model, settings), settings))
-    return arms, str(report)
+
+def make_arm(name: str, model: nn.Module, settings: Settings, optimizer: Any) -> Arm:
+    """An arm in training mode; `optimizer` makes its optimizer from the parameters that train."""
+    parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(model)
+    model.train()
+    return Arm(name, model, parameters, optimizer(list(parameters.values())))
+
+
+def fused_adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """Torch's AdamW, one kernel per parameter or for all of them."""
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     """A second model of the same structure whose parameters and buffers are the very tensors of the first."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
-
-
-def _our_config(settings: Settings) -> Any:
-    return pk.LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        use_rslora=settings.use_rslora,
-        target_modules=settings.modules(),
-        task_type="CAUSAL_LM",
-    )
-
-
-def _peft_model(base: nn.Module, ours: nn.Module, settings: Settings) -> nn.Module:
-    """PEFT's model with the configuration and the initial weights of ours, passed through an adapter directory."""
-    from peft import PeftModel
-
-    with tempfile.TemporaryDirectory(prefix="peft-kernels-") as directory:
-        pk.save_adapter(ours, directory)
-        model = PeftModel.from_pretrained(
-            base, directory, is_trainable=True, autocast_adapter_dtype=settings.adapter_dtype == "float32"
-        )
-    return model
-
-
-def _arm(name: str, model: nn.Module, settings: Settings) -> Arm:
-    parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-    if settings.gradient_checkpointing:
-        _checkpoint_activations(model)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-    )
-    model.train()
-    return Arm(name, model, parameters, optimizer)
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -154,9 +131,3 @@ def held_out_loss(arm: Arm, blocks: Tensor, batch_size: int, device: torch.devic
             total += loss_of(arm, batch.to(device).long()).item() * len(batch)
     arm.model.train()
     return total / len(blocks)
-
-
-def load_in_peft(peft_model: nn.Module, directory: Path) -> None:
-    """Adds the adapter that was written to `directory` to a PEFT model as a user would, and makes it the active one."""
-    peft_model.load_adapter(str(directory), adapter_name="written")  # type: ignore[operator]
-    peft_model.set_adapter("written")  # type: ignore[operator]

@@ -2,8 +2,9 @@
 
     checkpoints/step-00000040/
         state.json                    settings, finished steps, data digest, histories, optimizer groups
-        <arm>.adapter.safetensors     the trained parameters by name
+        <arm>.adapter.safetensors     the trained parameters by name, and the positions of sparse deltas
         <arm>.optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
+        <arm>.reselection.safetensors where entries move, the Reselector's tensors
 
 A checkpoint is written beside its predecessor and renamed into place when complete; then the predecessor is removed.
 """
@@ -25,7 +26,7 @@ from .arms import Arm, StepRecord
 from .errors import UserError
 from .settings import Settings
 
-_FORMAT = 1
+_FORMAT = 2
 _DIRECTORY = "checkpoints"
 
 
@@ -59,12 +60,16 @@ def write_checkpoint(
     partial = directory.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    groups = {}
+    groups, reselection = {}, {}
     for arm in arms:
-        save_file({name: value.detach().contiguous() for name, value in arm.parameters.items()}, _adapter(partial, arm))
+        save_file({name: value.contiguous() for name, value in arm.tensors().items()}, _adapter(partial, arm))
         state = arm.optimizer.state_dict()
         groups[arm.name] = state["param_groups"]
         save_file(_flat(state["state"]), _optimizer(partial, arm))
+        if arm.reselector is not None:
+            moving = arm.reselector.state_dict()
+            save_file(moving.pop("tensors"), _reselection(partial, arm))
+            reselection[arm.name] = moving
     record = {
         "format": _FORMAT,
         "settings": settings.as_dict(),
@@ -73,6 +78,7 @@ def write_checkpoint(
         "before": before,
         "histories": {arm.name: arm.history_as_dicts() for arm in arms},
         "optimizer_groups": groups,
+        "reselection": reselection,
     }
     (partial / "state.json").write_text(json.dumps(record))
     for path in (*partial.iterdir(), partial):
@@ -109,18 +115,19 @@ def restore_arms(output: Path, arms: list[Arm]) -> None:
             raise UserError(f"{directory} holds no {arm.name} adapter")
         try:
             parameters, tensors = load_file(_adapter(directory, arm)), load_file(_optimizer(directory, arm))
+            moving = load_file(_reselection(directory, arm)) if arm.reselector is not None else {}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{directory} cannot be read: {error}") from error
-        expected = {name: (value.shape, value.dtype) for name, value in arm.parameters.items()}
+        expected = {name: (value.shape, value.dtype) for name, value in arm.tensors().items()}
         if {name: (value.shape, value.dtype) for name, value in parameters.items()} != expected:
             raise UserError(f"{directory}: the {arm.name} adapter in it does not fit the model that was built")
-        loaded.append((arm, parameters, tensors))
-    for arm, parameters, tensors in loaded:
-        with torch.no_grad():
-            for name, value in parameters.items():
-                arm.parameters[name].copy_(value)
+        loaded.append((arm, parameters, tensors, moving))
+    for arm, parameters, tensors, moving in loaded:
+        arm.load(parameters)
         groups = record["optimizer_groups"][arm.name]
         arm.optimizer.load_state_dict({"state": _nested(tensors), "param_groups": groups})
+        if arm.reselector is not None:
+            arm.reselector.load_state_dict({**record["reselection"][arm.name], "tensors": moving})
         arm.history[:] = [StepRecord(**step) for step in record["histories"][arm.name]]
 
 
@@ -147,6 +154,10 @@ def _adapter(directory: Path, arm: Arm) -> Path:
 
 def _optimizer(directory: Path, arm: Arm) -> Path:
     return directory / f"{arm.name}.optimizer.safetensors"
+
+
+def _reselection(directory: Path, arm: Arm) -> Path:
+    return directory / f"{arm.name}.reselection.safetensors"
 
 
 def _flat(state: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -15,11 +15,13 @@ import peft_kernels as pk
 
 from .. import info
 from . import checkpoint
-from .arms import PEFT, Arm, build_arms, held_out_loss, load_in_peft
+from .arms import PEFT, Arm, held_out_loss
 from .data import BlockStream, read_corpus
 from .errors import TrainingFailed, UserError
 from .loop import StopRequest, stop_on_interrupt, train
+from .lora_arms import load_in_peft
 from .memory import MEASURE, peak_step_bytes
+from .methods import build_arms
 from .metrics import curve_difference, summarize
 from .models import LoadedModel, load_model
 from .plots import draw_plots
@@ -53,7 +55,7 @@ class _Run:
         return len(self.arms[0].history)
 
     def save(self) -> None:
-        """Writes the adapter, loadable by PEFT, and the checkpoint of all arms."""
+        """Writes the adapter and the checkpoint of all arms."""
         pk.save_adapter(self.arms[0].model, self.output / "adapter")
         digest = self.stream.digest(blocks_read(self.settings, self.finished))
         checkpoint.write_checkpoint(self.output, self.arms, self.settings, digest, self.before)
@@ -206,6 +208,9 @@ def _train(this: _Run, stop: StopRequest) -> None:
 
 def _finish(this: _Run) -> None:
     settings = this.settings
+    for arm in this.arms:
+        if arm.reselector is not None:
+            arm.reselector.close()  # the steps that are measured below train nothing
     after = _measure(this, "after")
     with status(this.console, "Measuring memory, drawing plots"):
         batch = [this.stream.batch(0, settings.batch_size).to(this.device)] * settings.gradient_accumulation

@@ -107,6 +107,8 @@ def _step(arm: Arm, batches: list[Tensor], settings: Settings, step: int) -> flo
         group["lr"] = learning_rate(settings, step)
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
+    if arm.reselector is not None:
+        arm.reselector.step()
     return loss
 
 

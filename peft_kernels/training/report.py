@@ -122,8 +122,8 @@ def notes(result: RunResult) -> list[str]:
     if len(result.arms) > 1:
         sentences.insert(
             0,
-            "Both arms ran in one process over the same frozen weights, from the same initial adapter, on the same "
-            "batches, one step each in turn. Ratio: peft-kernels over PEFT.",
+            "Both arms ran in one process over the same base weights, from the same initial adapter, on the same "
+            f"batches, one step each in turn. Ratio: peft-kernels over {result.arms[1].name}.",
         )
     if result.curve_difference is not None:
         sentences.append(f"Largest relative difference between the two loss curves: {result.curve_difference:.1e}.")

@@ -11,12 +11,27 @@ from typing import Any
 from .errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("lora",),
+    "method": ("lora", "sparse_delta"),
     "dtype": ("float32", "bfloat16"),
     "adapter_dtype": ("float32", "model"),
     "lr_schedule": ("constant", "linear", "cosine"),
-    "compare": ("none", "peft"),
+    "compare": ("none", "peft", "shira"),
+    "selection": ("rigl", "sm3", "random", "magnitude", "fixed"),
+    "reselection_schedule": ("linear", "cosine"),
 }
+_METHOD_OF_COMPARISON = {"peft": "lora", "shira": "sparse_delta"}
+_OF_ONE_METHOD = {
+    "lora": ("lora_alpha", "lora_dropout", "use_rslora"),
+    "sparse_delta": (
+        "density",
+        "selection",
+        "reselection_steps",
+        "selection_accumulation_steps",
+        "reselection_rate",
+        "reselection_schedule",
+    ),
+}
+"""Settings that mean nothing to the other method, and must keep their defaults there."""
 _AT_LEAST = {
     "r": 1,
     "seq_len": 2,
@@ -27,6 +42,8 @@ _AT_LEAST = {
     "save_every": 1,
     "sample_tokens": 0,
     "seed": 0,
+    "reselection_steps": 1,
+    "selection_accumulation_steps": 1,
 }
 # May differ between the two halves of a resumed run: they do not enter the arithmetic. The data are compared by
 # content, not by path.
@@ -44,6 +61,12 @@ class Settings:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    density: float | None = None
+    selection: str = "rigl"
+    reselection_steps: int = 20
+    selection_accumulation_steps: int = 5
+    reselection_rate: float = 0.2
+    reselection_schedule: str = "linear"
     target_modules: str = "all-linear"
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
@@ -81,6 +104,28 @@ class Settings:
             raise UserError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
         if self.modules() == []:
             raise UserError("--target-modules must be all-linear or module names separated by commas, got nothing")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Raises UserError for settings that only another method has, or that a sparse delta cannot be made with."""
+        for method, names in _OF_ONE_METHOD.items():
+            for name in names:
+                if method != self.method and getattr(self, name) != getattr(type(self), name):
+                    raise UserError(f"{option(name)} belongs to --method {method}; this run has --method {self.method}")
+        method = _METHOD_OF_COMPARISON.get(self.compare, self.method)
+        if method != self.method:
+            raise UserError(f"--compare {self.compare} goes with --method {method}; this run has {self.method}")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise UserError(f"--density must be in (0, 1], got {self.density}")
+        if self.density is not None and self.compare == "shira":
+            raise UserError("--compare shira: PEFT's SHiRA counts by rank, so give --r and leave --density out")
+        if not 0.0 <= self.reselection_rate <= 1.0:
+            raise UserError(f"--reselection-rate must be in [0, 1], got {self.reselection_rate}")
+        if self.selection_accumulation_steps > self.reselection_steps:
+            raise UserError(
+                f"--selection-accumulation-steps must be at most --reselection-steps, {self.reselection_steps}, "
+                f"got {self.selection_accumulation_steps}"
+            )
 
     def modules(self) -> str | list[str]:
         """`target_modules` as the configurations take it: `"all-linear"`, or a list of names."""
@@ -102,6 +147,15 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _depends_on_steps(saved: Mapping[str, Any]) -> str | None:
+    """What of a run would have gone otherwise with another number of steps; None when nothing."""
+    if saved["lr_schedule"] != "constant":
+        return f"--lr-schedule {saved['lr_schedule']}, whose learning rates"
+    if saved["method"] == "sparse_delta" and saved["selection"] != "fixed":
+        return f"--selection {saved['selection']}, whose reselection rates"
+    return None
+
+
 def resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
     """The settings of a resumed run: those of its first part, with what may change taken from `given`.
 
@@ -121,10 +175,11 @@ def resumed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
         if value == saved[name]:
             continue
         if name == "steps":
-            if saved["lr_schedule"] != "constant":
+            reason = _depends_on_steps(saved)
+            if reason is not None:
                 raise UserError(
-                    f"--steps {value}: the run was started with --steps {saved['steps']} and --lr-schedule "
-                    f"{saved['lr_schedule']}, whose learning rates depend on it; --resume needs the same number"
+                    f"--steps {value}: the run was started with --steps {saved['steps']} and {reason} depend on it; "
+                    "--resume needs the same number"
                 )
         elif name not in _FREE_ON_RESUME:
             raise UserError(

@@ -1,0 +1,216 @@
+"""The operators of sparse deltas and the layer made of them, each beside the way without it.
+
+    write     `scatter_write_` beside torch's gather-free `index_put_`, and a C loop that makes the same accesses: the
+              bound, as it writes no sum
+    adamw     `sparse_adamw_` with write-back beside `torch.optim.AdamW` on the same values and `index_put_`
+    gradient  `sampled_product` beside the dense gradient `dy^T x` and a gather; the densities make the crossover table
+    layer     forward + backward of `nn.SparseDeltaLinear` beside the frozen linear and PEFT's Super-Tuning
+
+Weights rotate, so that none is in the cache when it is written to, as in a training step over many layers. Before an
+arm is timed its results are compared with those of the arm it is measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels import backends
+from peft_kernels.nn.positions import random_positions
+
+from . import access
+from .cases import Progress, Record, failure, run_cases
+from .harness import Arm, interleave, summarize
+from .suites import SparseCase, Suite
+
+OURS = "ours"
+BOUND = "C loop, same accesses"
+INDEX_PUT = "torch, index_put_"
+UNFUSED = "torch.optim.AdamW, index_put_"
+DENSE = "dense gradient, gather"
+FROZEN = "frozen linear"
+SUPER_TUNING = "PEFT Super-Tuning"
+BASES = {"write": (INDEX_PUT, BOUND), "adamw": (UNFUSED,), "gradient": (DENSE,), "layer": (FROZEN, SUPER_TUNING)}
+"""By operation, what ours is compared with; the last one is what the table's factor is taken from."""
+
+_CACHE_BYTES = 2**28
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class _Delta:
+    """A weight with some of its entries."""
+
+    weight: Tensor
+    indices: Tensor
+    wide: Tensor
+    original: Tensor
+    values: nn.Parameter
+
+    @classmethod
+    def random(cls, case: SparseCase, seed: int) -> _Delta:
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(case.N, case.K, generator=generator).to(case.dtype)
+        indices = random_positions(weight.numel(), round(case.density * weight.numel()), generator)
+        wide = indices.long()
+        values = nn.Parameter(torch.randn(wide.numel(), generator=generator) * 1e-2)
+        values.grad = torch.randn(wide.numel(), generator=generator)
+        return cls(weight, indices, wide, weight.view(-1)[wide].clone(), values)
+
+    def index_put(self) -> None:
+        """What `scatter_write_` does, in torch's operations."""
+        sums = (self.original.float() + self.values.detach()).to(self.weight.dtype)
+        self.weight.view(-1)[self.wide] = sums
+
+
+def _rotation(case: SparseCase) -> list[_Delta]:
+    """So many weights that none stays in a cache until its next turn."""
+    size = case.N * case.K * case.dtype.itemsize
+    return [_Delta.random(case, seed) for seed in range(max(2, _CACHE_BYTES // size))]
+
+
+def _turn(items: list[Any], call: Callable[[Any], object]) -> Callable[[int], object]:
+    """`call` on the next of `items`, a counter of its own for each arm: no two arms in a row get the same one."""
+    position = [0]
+
+    def run(_: int) -> object:
+        position[0] += 1
+        return call(items[position[0] % len(items)])
+
+    return run
+
+
+def _write(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+    deltas = _rotation(case)
+    write = backends.kernel("scatter_write_", "cpu", case.dtype)
+
+    def ours(d: _Delta) -> None:
+        write(d.weight, d.indices, d.original, d.values.detach())
+
+    ours(deltas[0])
+    written = deltas[0].weight.clone()
+    deltas[0].index_put()
+    _require_equal("scatter_write_", written, deltas[0].weight, 0.0)
+    bound = access.scattered_write()
+    arms = [(OURS, _turn(deltas, ours)), (INDEX_PUT, _turn(deltas, _Delta.index_put))]
+    return [*arms, (BOUND, _turn(deltas, lambda d: bound(d.weight, d.indices, d.original, d.values)))]
+
+
+def _adamw(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+    update = backends.kernel("sparse_adamw_", "cpu", torch.float32)
+    # Optimizers keep state, so each has deltas of its own; both start from the same ones.
+    ours = [(d, torch.zeros_like(d.values), torch.zeros_like(d.values)) for d in _rotation(case)]
+    theirs = [(d, torch.optim.AdamW([d.values], lr=1e-3)) for d in _rotation(case)]
+
+    def one(item: tuple[_Delta, Tensor, Tensor]) -> None:
+        d, exp_avg, exp_avg_sq = item
+        target = (d.weight, d.indices, d.original)
+        update(d.values.detach(), d.values.grad, exp_avg, exp_avg_sq, *target, 1, 1e-3, 0.9, 0.999, 1e-8, 1e-2)
+
+    def other(item: tuple[_Delta, torch.optim.Optimizer]) -> None:
+        item[1].step()
+        item[0].index_put()
+
+    one(ours[0])
+    other(theirs[0])
+    _require_equal("sparse_adamw_", ours[0][0].values, theirs[0][0].values, 1e-6)
+    return [(OURS, _turn(ours, one)), (UNFUSED, _turn(theirs, other))]
+
+
+def _gradient(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+    delta = _Delta.random(case, 0)
+    generator = torch.Generator().manual_seed(1)
+    pairs = [
+        tuple(torch.randn(case.M, n, generator=generator).to(case.dtype) for n in (case.N, case.K)) for _ in range(4)
+    ]
+    sampled = backends.kernel("sampled_product", "cpu", case.dtype)
+
+    def ours(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return sampled(*pair, delta.indices, torch.float32)
+
+    def dense(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return (pair[0].t() @ pair[1]).view(-1)[delta.wide].float()
+
+    _require_equal("sampled_product", ours(pairs[0]), dense(pairs[0]), _TOLERANCE[case.dtype])
+    return [(OURS, _turn(pairs, ours)), (DENSE, _turn(pairs, dense))]
+
+
+def _layer(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+    import peft
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(case.M, case.K, generator=generator).to(case.dtype).requires_grad_()
+    dy = torch.randn(case.M, case.N, generator=generator).to(case.dtype)
+
+    def linear() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(case.K, case.N, bias=False, dtype=case.dtype).requires_grad_(False)
+
+    host = nn.Sequential(linear())
+    peft.get_peft_model(host, peft.SupertuningConfig(sparsity=1.0 - case.density, target_modules=["0"]))
+    ours = pk.nn.SparseDeltaLinear.from_linear(linear(), density=case.density, selection="magnitude")
+    layers = {OURS: ours, FROZEN: linear(), SUPER_TUNING: host[0]}
+    _require_equal("SparseDeltaLinear", ours(x).detach(), host[0](x).detach(), _TOLERANCE[case.dtype])
+
+    def step(layer: nn.Module) -> Callable[[int], object]:
+        def run(_: int) -> None:
+            layer(x).backward(dy)
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
+
+        return run
+
+    return [(name, step(layer)) for name, layer in layers.items()]
+
+
+def _require_equal(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    if not error <= tolerance:
+        raise RuntimeError(f"{name} is {error:.1e} off what it is compared with, so it gets no time")
+
+
+_OPERATIONS = {"write": _write, "adamw": _adamw, "gradient": _gradient, "layer": _layer}
+
+
+def _limits(case: SparseCase) -> dict[str, float]:
+    """What the operation has to move or compute at least."""
+    count, size = round(case.density * case.N * case.K), case.dtype.itemsize
+    per_line = 64 // size
+    lines = case.N * case.K / per_line * (1.0 - (1.0 - case.density) ** per_line)  # expected, for random positions
+    scattered = 128 * lines
+    if case.operation == "write":
+        return {"bytes": count * (4 + 4 + size) + scattered}
+    if case.operation == "adamw":  # value, both moments: read and written; gradient, index, original: read
+        return {"bytes": count * (24 + 4 + 4 + size) + scattered}
+    return {"operations_of_dense_gradient": 2.0 * case.M * case.N * case.K, "operations": 2.0 * case.M * count}
+
+
+def measure(case: SparseCase, suite: Suite) -> Record:
+    """Seconds of every arm of one case."""
+    try:
+        arms = [Arm(name, run) for name, run in _OPERATIONS[case.operation](case)]
+    except Exception as error:
+        return {"limits": _limits(case), "arms": {OURS: failure(error)}}
+    times = summarize(interleave(arms, suite.sparse_plan, suite.device_type), BASES[case.operation])
+    return {"limits": _limits(case), "arms": {name: {**arm, "status": "measured"} for name, arm in times.items()}}
+
+
+def run(suite: Suite, progress: Progress) -> Record:
+    """All cases of `suite` for the operators of sparse deltas."""
+    return run_cases(suite.sparse, lambda case: measure(case, suite), describe, progress, {})
+
+
+def describe(record: Record) -> str:
+    """One line: the case and every arm's time."""
+    case = record["case"]
+    label = f"{case['operation']} M={case['M']} {case['K']}->{case['N']} {case['density']:.2%} {case['dtype']}"
+    parts = [
+        f"{name} {arm['median_s'] * 1e6:.0f} us" if arm["status"] == "measured" else f"{name} {arm['reason']}"
+        for name, arm in record["arms"].items()
+    ]
+    return f"{label}: " + ", ".join(parts)
