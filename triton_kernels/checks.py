@@ -8,6 +8,7 @@ compiled operators raise, so that a wrong call fails alike on every backend; but
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -250,11 +251,45 @@ def lora_linear_backward(
     _dropout(op, dropout_p, rng_state, device)
 
 
+def sampled_product(grad_out: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+    op = "sampled_product"
+    rows, out_features = _activations(op, "grad_out", grad_out)
+    height, in_features = _matrix(op, "x", x, grad_out.device)
+    _dtype_of(op, "x", x, "grad_out", grad_out.dtype)
+    if height != rows:
+        _refuse(op, f"x must be [{rows}, K], got {_described(x)}")
+    if indices.dim() != 1:
+        _refuse(op, f"indices must be 1-D, got {_described(indices)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        _refuse(op, f"indices must be int32 or int64, got {_described(indices)}")
+    if indices.device != grad_out.device:
+        _refuse(op, f"indices must be on {grad_out.device} like the other arguments, got {_described(indices)}")
+    if not indices.is_contiguous():
+        _refuse(op, f"indices must be contiguous, got {_described(indices)} with stride {indices.stride(0)}")
+    if indices.shape[0] > out_features * in_features:
+        entries = out_features * in_features
+        _refuse(op, f"indices must be at most N K = {entries} positions, got {_described(indices)}")
+    if dtype not in _FLOATING:
+        _refuse(op, f"dtype must be {_FLOATING_NAMES}, got {_name(dtype)}")
+
+
 CHECKS: dict[str, Callable[..., Any]] = {
     check.__name__: check
     for check in (
         dropout_mask, lora_shrink, lora_accumulate_, lora_matmul, lora_factor_grad, lora_grad_b, lora_linear_forward,
-        lora_linear_backward,
+        lora_linear_backward, sampled_product,
     )
 }  # fmt: skip
 """Operator name to its check, which returns nothing or raises RuntimeError."""
+
+
+def checked(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """`launcher` behind the check of its name."""
+    check = CHECKS[launcher.__name__]
+
+    @functools.wraps(launcher)
+    def call(*arguments: Any) -> Any:
+        check(*arguments)
+        return launcher(*arguments)
+
+    return call

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -66,6 +67,34 @@ def even_chunks(steps: int, parts: int) -> tuple[int, int]:
     """Cuts `range(steps)` into at most `parts` chunks of one length; (length, count), both at least 1."""
     length = max(1, ceil_div(steps, max(1, parts)))
     return length, max(1, ceil_div(steps, length))
+
+
+# Warps to split a sum over: 16 on each of the 132 multiprocessors of an H100, enough loads in flight for its memory.
+# A constant, not the device's own count: the order of summation must not depend on the machine.
+TARGET_WARPS = 2112
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of the activations (`rows` x `columns`) and how a program walks it; `inner` is the K step of a GEMM."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    inner: int = 0
+
+    def splits(self, programs: int, steps: int) -> tuple[int, int]:
+        """How to cut a loop of `steps` tiles, when `programs` run beside each other anyway: (steps per split, splits).
+
+        A split is worth its partial sums only while it still takes four steps.
+        """
+        wanted = min(TARGET_WARPS // self.num_warps // max(1, programs), steps // 4)
+        return even_chunks(steps, wanted)
+
+    def options(self) -> dict[str, int]:
+        """Triton's launch options for it."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Dropout:

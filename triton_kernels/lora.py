@@ -14,21 +14,16 @@ The functions trust their arguments and call each other; what users' calls reach
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import common, lora_kernels
-from .checks import CHECKS
-from .common import Dropout, ceil_div, even_chunks, padded
+from .checks import checked
+from .common import Dropout, Tile, ceil_div, padded
 
-# Warps to split a sum over: 16 on each of the 132 multiprocessors of an H100, enough loads in flight for its memory.
-# A constant, not the device's own count: the order of summation must not depend on the machine.
-_TARGET_WARPS = 2112
 # Bytes per activation -> rank up to which `lora_grad_b` reads dy once. The partial sums of its one-pass kernel grow
 # with the rank (8 r bytes per row and column panel); at 64 they cost as much as the second read they save.
 _ONE_PASS_RANK = {2: 32, 4: 16}
@@ -36,25 +31,6 @@ _ONE_PASS_RANK = {2: 32, 4: 16}
 # has no tensor core and Triton's loop over scalar multiply-adds is well behind cuBLAS (which also honors TF32).
 _FUSED_MATMUL_DTYPES = (torch.bfloat16, torch.float16)
 _KIB = 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tile of the activations (`rows` x `columns`) and how a program walks it; `inner` is the K step of a GEMM."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-    inner: int = 0
-
-    def splits(self, programs: int, steps: int) -> tuple[int, int]:
-        """How to cut a loop of `steps` tiles, when `programs` run beside each other anyway: (steps per split, splits).
-
-        A split is worth its partial sums only while it still takes four steps.
-        """
-        wanted = min(_TARGET_WARPS // self.num_warps // max(1, programs), steps // 4)
-        return even_chunks(steps, wanted)
 
 
 # (kernel, bytes per activation) -> tile. 16-bit tiles keep two to three stages of 8 to 32 KiB in flight on two to four
@@ -98,10 +74,6 @@ def _tile(kernel: str, tensor: Tensor) -> Tile:
     return _TILES[kernel, tensor.element_size()]
 
 
-def _options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-
-
 def dropout_mask(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -> Tensor:
     """See `peft_kernels.reference.philox.dropout_mask`."""
     out = torch.empty((rows, columns), dtype=torch.bool, device=rng_state.device)
@@ -111,7 +83,7 @@ def dropout_mask(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -
     common.launch(
         lora_kernels.dropout_mask_kernel, grid, out.device,
         out.view(torch.int8), rng_state.contiguous(), rows, columns, threshold,
-        BLOCK_M=tile.rows, BLOCK_C=tile.columns, **_options(tile),
+        BLOCK_M=tile.rows, BLOCK_C=tile.columns, **tile.options(),
     )  # fmt: skip
     return out
 
@@ -129,7 +101,7 @@ def lora_shrink(x: Tensor, factor: Tensor, scaling: float, dropout_p: float, rng
         lora_kernels.shrink_kernel, (row_blocks, splits, rank_blocks), x.device,
         x, factor, partial, dropout.rng_state, M, C, rank, *x.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold, chunk,
-        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=block_r, **_options(tile),
+        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=block_r, **tile.options(),
     )  # fmt: skip
     if splits > 1:
         common.sum_partials(partial, out)
@@ -146,7 +118,7 @@ def lora_accumulate_(
         lora_kernels.accumulate_kernel, (ceil_div(M, tile.rows), ceil_div(C, tile.columns)), out.device,
         out, hidden, factor, dropout.rng_state, M, C, rank, *out.stride(), *hidden.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold,
-        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=16, **_options(tile),
+        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=16, **tile.options(),
     )  # fmt: skip
 
 
@@ -188,7 +160,7 @@ def fused_matmul(
         *x.stride(), *matrix.stride(), 0 if bias is None else bias.stride(0), *hidden.stride(), *factor.stride(),
         scaling * dropout.scale, dropout.threshold,
         DROPOUT=dropout.active, BIAS=bias is not None, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_K=tile.inner,
-        BLOCK_R=padded(rank, 16, 32), GROUP_M=8, **_options(tile),
+        BLOCK_R=padded(rank, 16, 32), GROUP_M=8, **tile.options(),
     )  # fmt: skip
     return out
 
@@ -215,7 +187,7 @@ def lora_factor_grad(
         lora_kernels.factor_grad_kernel, (column_blocks, splits, rank_blocks), x.device,
         x, hidden, partial, dropout.rng_state, M, C, rank, *x.stride(), *hidden.stride(), *strides,
         scaling * dropout.scale, dropout.threshold, chunk,
-        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=block_r, **_options(tile),
+        DROPOUT=dropout.active, BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_R=block_r, **tile.options(),
     )  # fmt: skip
     if splits > 1:
         common.sum_partials(partial, out)
@@ -243,7 +215,7 @@ def lora_grad_b(grad_out: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float
         lora_kernels.grad_b_kernel, (panels, splits), grad_out.device,
         grad_out, hidden, lora_b, partial_hidden, partial_b, M, N, rank,
         *grad_out.stride(), *hidden.stride(), *lora_b.stride(), scaling, chunk,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=padded(rank, 16, one_pass_rank), **_options(tile),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=padded(rank, 16, one_pass_rank), **tile.options(),
     )  # fmt: skip
     if panels > 1:
         common.sum_partials(partial_hidden, grad_hidden)
@@ -298,19 +270,8 @@ def lora_linear_backward(
     return dx, grad_a, grad_b
 
 
-def _checked(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    check = CHECKS[launcher.__name__]
-
-    @functools.wraps(launcher)
-    def call(*arguments: Any) -> Any:
-        check(*arguments)
-        return launcher(*arguments)
-
-    return call
-
-
 LAUNCHERS: dict[str, Callable[..., Any]] = {
-    launcher.__name__: _checked(launcher)
+    launcher.__name__: checked(launcher)
     for launcher in (
         dropout_mask, lora_shrink, lora_accumulate_, lora_matmul, lora_factor_grad, lora_grad_b, lora_linear_forward,
         lora_linear_backward,

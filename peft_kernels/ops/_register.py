@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,15 @@ def register_operator(
         function = compiled if reason is None else None
         backends.register(name, "cuda", Registration(function, ("cuda",), GPU_DTYPES, reason))
     _register_triton(name, triton, fake)
+
+
+def triton_launchers(family: str) -> dict[str, Callable[..., Any]] | str:
+    """The Triton launchers of a family by operator name, or the reason there are none."""
+    try:
+        kernels = importlib.import_module(f"peft_kernels.triton_kernels.{family}")
+    except ImportError as error:
+        return f"Triton kernels do not import: {error}"
+    return dict(kernels.LAUNCHERS)
 
 
 def _register_triton(name: str, launchers: dict[str, Callable[..., Any]] | str, fake: Callable[..., Any]) -> None:

@@ -6,9 +6,6 @@ the autograd Function and the registration; no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,7 +14,7 @@ from ..reference import lora as reference
 from ..reference import philox
 from ..reference.lora import accumulation_dtype, as_rows
 from ._autocast import autocast_dtype
-from ._register import register_operator
+from ._register import register_operator, triton_launchers
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,16 +97,8 @@ def _fake_linear_backward(
     )
 
 
-def _triton_launchers() -> dict[str, Callable[..., Any]] | str:
-    try:
-        from peft_kernels.triton_kernels import lora as kernels
-    except ImportError as error:
-        return f"Triton kernels do not import: {error}"
-    return kernels.LAUNCHERS
-
-
 def _register() -> None:
-    triton = _triton_launchers()
+    triton = triton_launchers("lora")
     for name, definition, fake in (
         ("dropout_mask", philox.dropout_mask, _fake_dropout_mask),
         ("lora_shrink", reference.lora_shrink, _fake_shrink),

@@ -17,7 +17,7 @@ from .. import backends
 from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
 from ._autocast import autocast_dtype
-from ._register import register_operator
+from ._register import register_operator, triton_launchers
 
 Observer = Callable[[Tensor, Tensor], None]
 """What may look at a layer's backward pass: it is called with grad_out `[M, N]` and x `[M, K]`."""
@@ -79,13 +79,14 @@ def _fake_sampled_product(grad_out: Tensor, x: Tensor, indices: Tensor, dtype: t
 
 
 def _register() -> None:
+    triton = triton_launchers("sparse_delta")
     for name, definition, fake in (
         ("scatter_write_", reference.scatter_write_, _fake_in_place),
         ("scatter_accumulate_", reference.scatter_accumulate_, _fake_in_place),
         ("sampled_product", reference.sampled_product, _fake_sampled_product),
         ("sparse_adamw_", reference.sparse_adamw_, _fake_in_place),
     ):
-        register_operator(name, reference=definition, fake=fake, cuda=False, triton="no Triton kernel yet")
+        register_operator(name, reference=definition, fake=fake, cuda=False, triton=triton)
 
 
 _register()

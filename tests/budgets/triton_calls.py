@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft_kernels.triton_kernels import lora
+from peft_kernels.triton_kernels import lora, sparse_delta
 from torch import Tensor
 
 Calls = Callable[[], None]
@@ -45,6 +45,12 @@ def _mask() -> None:
     lora.dropout_mask(M, K, 0.1, _empty(2, dtype=torch.int64))
 
 
+def _sampled(dtype: torch.dtype, rows: int = M, columns: int = K, index_dtype: torch.dtype = torch.int32) -> None:
+    dy, x = _empty(rows, columns, dtype=dtype), _empty(rows, columns, dtype=dtype)
+    indices = _empty(columns * columns // 100, dtype=index_dtype)
+    sparse_delta.sampled_product(dy, x, indices, torch.float32)
+
+
 _BF16, _FP32 = torch.bfloat16, torch.float32
 
 BUDGETED: dict[str, Calls] = {
@@ -61,6 +67,8 @@ BUDGETED: dict[str, Calls] = {
     "accumulate bf16 r16": lambda: _accumulate(_BF16, _BF16, 16, 0.0),
     "accumulate bf16 r64 fp32-factors dropout": lambda: _accumulate(_BF16, _FP32, 64, 0.1),
     "dropout_mask": _mask,
+    "sampled_product bf16": lambda: _sampled(_BF16),
+    "sampled_product fp32": lambda: _sampled(_FP32),
 }
 """Description to calls; every kernel they launch has a budget on every architecture."""
 
@@ -82,6 +90,7 @@ def _of_sizes(rows: int, columns: int, rank: int) -> None:
 COMPILED: dict[str, Calls] = {
     "sizes of 1": lambda: _of_sizes(1, 1, 1),
     "odd sizes": lambda: _of_sizes(1003, 2047, 5),
+    "sampled_product of odd sizes": lambda: _sampled(torch.float16, 1003, 517, torch.int64),
 }
 """Calls whose kernels must compile, at whatever cost."""
 
@@ -91,5 +100,6 @@ LARGEST: dict[str, Calls] = {
     "backward bf16 r32 fp32-factors": lambda: _backward(_BF16, _FP32, 32, 0.0),
     "backward bf16 r128 fp32-factors dropout": lambda: _backward(_BF16, _FP32, 128, 0.1),
     "backward fp32 r128 dropout": lambda: _backward(_FP32, _FP32, 128, 0.1),
+    "sampled_product bf16": lambda: _sampled(_BF16),
 }
 """Calls that take the most shared memory, which must still fit into cards that have little."""

@@ -29,7 +29,8 @@ from .occupancy import MULTIPROCESSORS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int8: "i8",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+    torch.int8: "i8",
 }  # fmt: skip
 
 

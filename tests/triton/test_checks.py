@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from peft_kernels.triton_kernels import checks, lora
+from peft_kernels.triton_kernels import checks, lora, sparse_delta
 
 from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, random_call
 
@@ -20,8 +20,9 @@ OTHER_TENSORS = [
 
 
 def test_every_launcher_has_a_check_with_its_arguments():
-    assert set(checks.CHECKS) == set(lora.LAUNCHERS)
-    for operator, launcher in lora.LAUNCHERS.items():
+    launchers = {**lora.LAUNCHERS, **sparse_delta.LAUNCHERS}
+    assert set(checks.CHECKS) == set(launchers)
+    for operator, launcher in launchers.items():
         expected = inspect.signature(launcher).parameters.values()
         found = inspect.signature(checks.CHECKS[operator]).parameters.values()
         assert [(p.name, p.annotation) for p in found] == [(p.name, p.annotation) for p in expected]
