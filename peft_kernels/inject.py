@@ -126,6 +126,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     layers = _present(model)
     if "" in layers:
         raise ValueError(f"model is itself a {type(layers['']).__name__}; use its to_linear(merge)")
+    if merge:
+        _check_mergeable(layers)
     places = paths_of(dict(model.named_modules(remove_duplicate=False)))
     tied = _tied_weights(model, layers) if merge else []
     for layer in layers.values():
@@ -157,13 +159,22 @@ def _present(model: nn.Module) -> dict[str, AdapterLayer]:
     return layers
 
 
+def _check_mergeable(layers: Mapping[str, AdapterLayer]) -> None:
+    for path, layer in layers.items():
+        reason = getattr(layer, "merge_obstacle", None)
+        if reason is not None:
+            raise ValueError(f"{path} cannot be merged: {reason}")
+
+
 def merge(model: nn.Module) -> None:
     """Merges every adapter layer of the model: it then computes with one matrix per layer and no adapter.
 
     Raises:
-        ValueError: the model has no adapter layers of ours.
+        ValueError: the model has no adapter layers of ours, or one that cannot be merged; nothing has changed.
     """
-    layers = [layer for layer in _present(model).values() if not layer.merged]
+    present = _present(model)
+    _check_mergeable(present)
+    layers = [layer for layer in present.values() if not layer.merged]
     if not layers:
         warnings.warn("all adapters are merged already; nothing to do", stacklevel=2)
     for layer in layers:

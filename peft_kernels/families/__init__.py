@@ -13,7 +13,7 @@ from .lora import LORA
 from .sparse_delta import SPARSE_DELTA
 
 FAMILIES: tuple[Family, ...] = (LORA, SPARSE_DELTA)
-LAYER_TYPES = tuple(family.layer_type for family in FAMILIES)
+LAYER_TYPES = tuple(kind for family in FAMILIES for kind in family.layer_types)
 
 
 def family_of_config(config: Any) -> Family:
@@ -39,7 +39,7 @@ def family_of_file(values: dict[str, Any]) -> Family:
 
 def family_of_layers(layers: Iterable[nn.Module]) -> Family:
     """The one family of a model's adapter layers; raises ValueError where they are of several."""
-    found = {family.name: family for layer in layers for family in FAMILIES if isinstance(layer, family.layer_type)}
+    found = {family.name: family for layer in layers for family in FAMILIES if isinstance(layer, family.layer_types)}
     if len(found) != 1:
         raise ValueError(
             f"the model's adapter layers must be of one family, they are {', '.join(sorted(found)) or 'none'}"

@@ -36,11 +36,16 @@ class Family(ABC):
         name: as the package's files are named.
         config_type: its configuration.
         layer_type: its drop-in for `nn.Linear`.
+        layer_types: all its drop-ins.
     """
 
     name: str
     config_type: type[AdapterConfig]
     layer_type: type[nn.Linear]
+
+    @property
+    def layer_types(self) -> tuple[type[nn.Module], ...]:
+        return (self.layer_type,)
 
     @abstractmethod
     def obstacle(self, linear: nn.Module, shared: bool) -> str | None:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from .. import ops, targets
 from ..adapter_files import KEY_PREFIX, AdapterFiles
 from ..config import SparseDeltaConfig
-from ..nn.linear import takeover_obstacle
+from ..nn.linear import has_hooks, replaced_call, takeover_obstacle
+from ..nn.quantized import quantized_kind
+from ..nn.quantized_sparse_delta import QuantizedSparseDeltaLinear
 from ..nn.sparse_delta import SparseDeltaLinear, delta_obstacle
 from .base import Family
 
+DeltaLayer = SparseDeltaLinear | QuantizedSparseDeltaLinear
 _VALUES, _INDICES = "supertuning_values", "supertuning_indices"
 
 
@@ -25,7 +28,14 @@ class _SparseDelta(Family):
     config_type = SparseDeltaConfig
     layer_type = SparseDeltaLinear
 
+    @property
+    def layer_types(self) -> tuple[type[nn.Module], ...]:
+        return SparseDeltaLinear, QuantizedSparseDeltaLinear
+
     def obstacle(self, linear: nn.Module, shared: bool) -> str | None:
+        if quantized_kind(linear) is not None:
+            hooks = has_hooks(linear) and "it has hooks, which are not called while its weight is made dense"
+            return replaced_call(linear) or hooks or None
         reason = takeover_obstacle(linear) or delta_obstacle(linear)
         if reason is None and shared:
             return "its weight is another module's too, which a delta in it would change as well"
@@ -38,7 +48,7 @@ class _SparseDelta(Family):
         generator: torch.Generator | None,
         autocast_adapter_dtype: bool,
         positions: Mapping[str, Tensor] | None,
-    ) -> dict[str, SparseDeltaLinear]:
+    ) -> dict[str, DeltaLayer]:
         if positions is not None and positions.keys() != linears.keys():
             missing = sorted(linears.keys() - positions.keys()) or sorted(positions.keys() - linears.keys())
             raise ValueError(
@@ -46,36 +56,42 @@ class _SparseDelta(Family):
             )
         counts = config.counts({path: (linear.out_features, linear.in_features) for path, linear in linears.items()})
         selection: Any = "magnitude" if config.selection == "magnitude" else "random"
-        layers: dict[str, SparseDeltaLinear] = {}
+        layers: dict[str, DeltaLayer] = {}
         for path, linear in linears.items():
             indices = None if positions is None else positions[path].to(linear.weight.device)
+            entries: dict[str, Any] = {
+                "num_deltas": counts[path] if indices is None else None,
+                "indices": indices,
+                "generator": generator,
+            }
             try:
+                if quantized_kind(linear) is not None:
+                    if selection == "magnitude" and indices is None:
+                        raise ValueError('selection "magnitude" needs a dense weight, and this one is quantised')
+                    layers[path] = QuantizedSparseDeltaLinear(linear, **entries)
+                    continue
+                adapter_dtype = None if autocast_adapter_dtype else linear.weight.dtype
                 layers[path] = SparseDeltaLinear.over(
-                    linear,
-                    num_deltas=counts[path] if indices is None else None,
-                    indices=indices,
-                    selection=selection,
-                    adapter_dtype=None if autocast_adapter_dtype else linear.weight.dtype,
-                    generator=generator,
+                    linear, selection=selection, adapter_dtype=adapter_dtype, **entries
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from None
         return layers
 
-    def parameters(self, layer: SparseDeltaLinear) -> tuple[nn.Parameter, ...]:
+    def parameters(self, layer: DeltaLayer) -> tuple[nn.Parameter, ...]:
         return (layer.values,)
 
-    def tensors(self, path: str, layer: SparseDeltaLinear) -> dict[str, Tensor]:
+    def tensors(self, path: str, layer: DeltaLayer) -> dict[str, Tensor]:
         return {f"{path}.{_VALUES}": layer.values, f"{path}.{_INDICES}": layer.indices}
 
-    def described(self, layers: Mapping[str, SparseDeltaLinear], every_path: Collection[str]) -> SparseDeltaConfig:
+    def described(self, layers: Mapping[str, DeltaLayer], every_path: Collection[str]) -> SparseDeltaConfig:
         return SparseDeltaConfig(
             num_deltas=sum(layer.num_deltas for layer in layers.values()),
             target_modules=targets.names_for(layers, every_path),
         )
 
     def file_config(
-        self, config: SparseDeltaConfig, layers: Mapping[str, SparseDeltaLinear], every_path: Collection[str]
+        self, config: SparseDeltaConfig, layers: Mapping[str, DeltaLayer], every_path: Collection[str]
     ) -> dict[str, Any]:
         sparsity = _common_sparsity(layers.values())
         if sparsity is None or config.bias != "none":
@@ -107,24 +123,27 @@ class _SparseDelta(Family):
             if key.endswith(f".{_INDICES}")
         }
 
-    def check_function(
-        self, config: SparseDeltaConfig, layers: Mapping[str, SparseDeltaLinear], files: AdapterFiles
-    ) -> None:
+    def check_function(self, config: SparseDeltaConfig, layers: Mapping[str, DeltaLayer], files: AdapterFiles) -> None:
         for path, indices in self.positions_in(files).items():
             try:
-                ops.check_indices(indices, layers[path].weight.numel())
+                ops.check_indices(indices, _numel(layers[path]))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} in {files.directory}: {error}") from None
 
-    def load(self, path: str, layer: SparseDeltaLinear, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, path: str, layer: DeltaLayer, tensors: Mapping[str, Tensor]) -> None:
         device = layer.weight.device
         key = f"{KEY_PREFIX}{path}."
         layer.set_delta(tensors[key + _INDICES].to(device), tensors[key + _VALUES].to(device))
 
 
-def _common_sparsity(layers: Collection[SparseDeltaLinear]) -> float | None:
+def _numel(layer: DeltaLayer) -> int:
+    """Elements of the weight; a packed one has fewer of its own."""
+    return layer.in_features * layer.out_features
+
+
+def _common_sparsity(layers: Collection[DeltaLayer]) -> float | None:
     """The `sparsity` from which Super-Tuning would take as many entries of every layer; None when there is none."""
-    sizes = [(layer.weight.numel(), layer.num_deltas) for layer in layers]
+    sizes = [(_numel(layer), layer.num_deltas) for layer in layers]
     # int(numel (1 - sparsity)) = count leaves each layer an interval; any point of all of them will do.
     least = max(1.0 - (count + 1) / numel for numel, count in sizes)
     most = min(1.0 - count / numel for numel, count in sizes)

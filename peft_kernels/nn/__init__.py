@@ -1,6 +1,7 @@
 """Drop-in modules; each computes through `peft_kernels.ops` and holds no arithmetic of its own."""
 
 from .lora import LoRALinear
+from .quantized_sparse_delta import QuantizedSparseDeltaLinear
 from .sparse_delta import SparseDeltaLinear
 
-__all__ = ["LoRALinear", "SparseDeltaLinear"]
+__all__ = ["LoRALinear", "QuantizedSparseDeltaLinear", "SparseDeltaLinear"]

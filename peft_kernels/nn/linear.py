@@ -40,6 +40,13 @@ def weight_obstacle(linear: nn.Module) -> str | None:
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something watches this module's calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def replaced_call(module: nn.Module) -> str | None:
     """Why calling this module does not run its class's `forward`; None when it does."""
     if "forward" in module.__dict__:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference import sparse_delta as reference
@@ -269,3 +270,85 @@ def sparse_delta_linear(
     return apply(  # type: ignore[no-any-return]
         x, weight, bias, values, indices, original, observer, backends.forced_backend()
     )
+
+
+class QuantizedSparseDeltaLinearFunction(torch.autograd.Function):
+    """Forward and backward of `quantized_sparse_delta_linear`: the weight is made dense in each, and dropped.
+
+    Saved for backward: x (only while values train), values and indices by reference.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx,
+        x: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        indices: Tensor,
+        dequantize: Callable[[torch.dtype], Tensor],
+        backend: str | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices)
+        ctx.dequantize, ctx.backend, ctx.dtype = dequantize, backend, x.dtype
+        return F.linear(x, _with_delta(dequantize(x.dtype), values, indices, backend), bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
+        x, values, indices = ctx.saved_tensors
+        need_x, need_bias, need_values = ctx.needs_input_grad[:3]
+        dy = as_rows(grad_out)
+        dx = grad_bias = grad_values = None
+        if need_x:
+            dx = grad_out @ _with_delta(ctx.dequantize(ctx.dtype), values, indices, ctx.backend)
+        if need_values:
+            sampled_product = backends.kernel("sampled_product", dy.device.type, dy.dtype, ctx.backend)
+            grad_values = sampled_product(dy, as_rows(x), indices, values.dtype)
+        if need_bias:
+            grad_bias = dy.sum(0)
+        return dx, grad_bias, grad_values, None, None, None
+
+
+def _with_delta(weight: Tensor, values: Tensor, indices: Tensor, backend: str | None) -> Tensor:
+    accumulate = backends.kernel("scatter_accumulate_", weight.device.type, weight.dtype, backend)
+    accumulate(weight, indices, values.detach(), 1.0)
+    return weight
+
+
+def quantized_sparse_delta_linear(
+    x: Tensor,
+    dequantize: Callable[[torch.dtype], Tensor],
+    bias: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    """`x (W + scatter(indices, values))^T + bias` over a weight that is stored quantised.
+
+    The delta is added while the weight is dense, in each pass for the length of one product, and rounded once; what is
+    stored does not change.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16 or float16.
+        dequantize: gives W `[N, K]` in a dtype, as a new contiguous tensor that may be written to. Called in forward
+            and, for dx, in backward.
+        bias: `[N]` in x's dtype, or None.
+        values: `[nnz]`, float32, bfloat16 or float16.
+        indices: `[nnz]`, int32 or int64 positions `n K + k`, sorted and unique; trusted, see `check_indices`.
+
+    Returns:
+        `[..., N]` in x's dtype. Under autocast x and bias are cast to the autocast dtype first.
+
+    Saved for backward: x (only while values train); values and indices by reference. Second derivatives raise.
+
+    Raises:
+        ValueError, TypeError: as `sparse_delta_linear`.
+    """
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return quantized_sparse_delta_linear(x, dequantize, bias, values, indices)
+    if x.dtype not in _FLOATING or x.dtype == torch.float64:
+        raise TypeError(f"quantized_sparse_delta_linear: x must be float32, bfloat16 or float16, got {_describe(x)}")
+    apply = QuantizedSparseDeltaLinearFunction.apply
+    return apply(x, bias, values, indices, dequantize, backends.forced_backend())  # type: ignore[no-any-return]
