@@ -50,6 +50,8 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "lora_kernels": CAPABILITIES,
     "sampled_kernels": {**CAPABILITIES, "avx512bf16": (*AVX512, "-mavx512bf16")},
     "sparse_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
+    "selection_kernels": CAPABILITIES,
+    "sm3_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
 }
 
 
@@ -193,7 +195,16 @@ def parallel_jobs() -> int:
 
 
 def cpu_library(torch_dir: Path) -> SharedLibrary:
-    operators = ("lora.cpp", "lora_products.cpp", "sampled_product.cpp", "sparse_delta.cpp")
+    operators = (
+        "lora.cpp",
+        "lora_products.cpp",
+        "outer_product_topk.cpp",
+        "product_above.cpp",
+        "sampled_product.cpp",
+        "sorted_sets.cpp",
+        "sparse_delta.cpp",
+        "sparse_sm3.cpp",
+    )
     objects = [Object(SOURCES / "library.cpp"), *(Object(SOURCES / "cpu" / source) for source in operators)]
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     for stem, capabilities in KERNELS.items():

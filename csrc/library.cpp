@@ -45,4 +45,23 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
       "sparse_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weight, "
       "Tensor? indices, Tensor? original, int step, float lr, float beta1, float beta2, float eps, "
       "float weight_decay) -> ()");
+  // One step of SM3 on values [nnz], with maxima row_max [N] and column_max [K], and what scatter_write_ does.
+  m.def(
+      "sparse_sm3_(Tensor(a!) values, Tensor grad, Tensor(b!) row_max, Tensor(c!) column_max, Tensor(d!)? exp_avg, "
+      "Tensor(e!)? weight, Tensor indices, Tensor? original, float lr, float beta, float eps, float weight_decay) "
+      "-> ()");
+
+  // Selection of entries, on sorted unique arrays of int32 or int64.
+  // The flat positions of the count largest rows[n] columns[k] but for those excluded: int64 [count], sorted.
+  m.def("outer_product_topk(Tensor rows, Tensor columns, int count, Tensor exclude) -> Tensor");
+  // Entries of dy^T x of magnitude >= threshold, in order: positions int64 [capacity], values [capacity] in the
+  // accumulation dtype, count int64 [1], which may exceed the capacity; then, and behind the last, contents are
+  // unspecified.
+  m.def(
+      "product_above(Tensor grad_out, Tensor x, float threshold, int capacity) -> (Tensor positions, Tensor values, "
+      "Tensor count)");
+  // Two arrays [n] and [m] without a common element as one, and from where in cat(first, second) each came: int64.
+  m.def("sorted_merge(Tensor first, Tensor second) -> (Tensor merged, Tensor source)");
+  // Which of indices [n] occur in other: bool [n].
+  m.def("sorted_contains(Tensor indices, Tensor other) -> Tensor");
 }

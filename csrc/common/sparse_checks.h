@@ -37,14 +37,19 @@ inline void check_weight(const char* op, const Tensor& weight, const Tensor& lik
   check_contiguous(op, "weight", weight);
 }
 
+// A list of positions.
+inline void check_positions(const char* op, const char* name, const Tensor& positions, const Tensor& like) {
+  STD_TORCH_CHECK(
+      positions.scalar_type() == ScalarType::Int || positions.scalar_type() == ScalarType::Long, op, ": ", name,
+      " must be int32 or int64, got ", described(positions));
+  STD_TORCH_CHECK(positions.dim() == 1, op, ": ", name, " must be 1-D, got ", described(positions));
+  check_device(op, name, positions, like);
+  check_contiguous(op, name, positions);
+}
+
 // Returns how many entries there are.
 inline int64_t check_indices(const char* op, const Tensor& indices, const Tensor& weight) {
-  STD_TORCH_CHECK(
-      indices.scalar_type() == ScalarType::Int || indices.scalar_type() == ScalarType::Long, op,
-      ": indices must be int32 or int64, got ", described(indices));
-  STD_TORCH_CHECK(indices.dim() == 1, op, ": indices must be 1-D, got ", described(indices));
-  check_device(op, "indices", indices, weight);
-  check_contiguous(op, "indices", indices);
+  check_positions(op, "indices", indices, weight);
   STD_TORCH_CHECK(
       indices.numel() <= weight.numel(), op, ": indices must be at most as many as weight has elements, ",
       weight.numel(), ", got ", described(indices));
@@ -116,6 +121,99 @@ inline void check_adamw_numbers(
   check_beta(op, "beta2", beta2);
   check_not_negative(op, "eps", eps);
   check_not_negative(op, "weight_decay", weight_decay);
+}
+
+// The state of SM3: one maximum for each row and each column of the weight.
+inline void check_maxima(const char* op, const char* name, const Tensor& maxima, const Tensor& values) {
+  STD_TORCH_CHECK(maxima.dim() == 1, op, ": ", name, " must be 1-D, got ", described(maxima));
+  STD_TORCH_CHECK(
+      maxima.scalar_type() == values.scalar_type(), op, ": ", name, " must have values' dtype, ",
+      dtype_name(values.scalar_type()), ", got ", described(maxima));
+  check_device(op, name, maxima, values);
+  check_contiguous(op, name, maxima);
+}
+
+// Returns how many entries there are.
+inline int64_t check_sm3(
+    const char* op, const Tensor& values, const Tensor& grad, const Tensor& row_max, const Tensor& column_max,
+    const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& weight, const Tensor& indices,
+    const std::optional<Tensor>& original, bool takes_float64) {
+  STD_TORCH_CHECK(values.dim() == 1, op, ": values must be 1-D, got ", described(values));
+  check_values(op, values, values.numel(), values, takes_float64);
+  check_contiguous(op, "values", values);
+  check_like_values(op, "grad", grad, values);
+  check_maxima(op, "row_max", row_max, values);
+  check_maxima(op, "column_max", column_max, values);
+  if (exp_avg.has_value()) check_like_values(op, "exp_avg", *exp_avg, values);
+  check_positions(op, "indices", indices, values);
+  const int64_t rows = row_max.numel(), columns = column_max.numel();
+  STD_TORCH_CHECK(
+      indices.numel() == values.numel(), op, ": indices must be [", values.numel(), "], as many as values, got ",
+      described(indices));
+  STD_TORCH_CHECK(
+      indices.numel() <= rows * columns, op, ": indices must be at most N K = ", rows * columns, " positions, got ",
+      described(indices));
+  STD_TORCH_CHECK(
+      weight.has_value() == original.has_value(), op, ": ", weight.has_value() ? "original" : "weight",
+      " must be given with ", weight.has_value() ? "weight" : "original", ", got None");
+  if (weight.has_value()) {
+    check_weight(op, *weight, values, takes_float64);
+    STD_TORCH_CHECK(
+        weight->numel() == rows * columns, op, ": weight must have N K = ", rows * columns,
+        " elements, as row_max and column_max say, got ", described(*weight));
+    check_original(op, *original, values.numel(), *weight);
+  }
+  return values.numel();
+}
+
+inline void check_sm3_numbers(const char* op, double lr, double beta, double eps, double weight_decay) {
+  check_not_negative(op, "lr", lr);
+  check_beta(op, "beta", beta);
+  check_not_negative(op, "eps", eps);
+  check_not_negative(op, "weight_decay", weight_decay);
+}
+
+// Two sorted arrays of one dtype.
+inline void check_sorted_pair(
+    const char* op, const char* name, const Tensor& first, const char* other_name, const Tensor& other) {
+  check_positions(op, name, first, first);
+  check_positions(op, other_name, other, first);
+  STD_TORCH_CHECK(
+      other.scalar_type() == first.scalar_type(), op, ": ", other_name, " must have the dtype of ", name, ", ",
+      dtype_name(first.scalar_type()), ", got ", described(other));
+}
+
+// The factors of an outer product; their numbers are checked where they are read.
+inline void check_outer_product(
+    const char* op, const Tensor& rows, const Tensor& columns, int64_t count, const Tensor& exclude,
+    bool takes_float64) {
+  STD_TORCH_CHECK(
+      rows.scalar_type() == ScalarType::Float || (takes_float64 && rows.scalar_type() == ScalarType::Double), op,
+      ": rows must be ", takes_float64 ? "float32 or float64" : "float32", ", got ", described(rows));
+  STD_TORCH_CHECK(rows.dim() == 1, op, ": rows must be 1-D, got ", described(rows));
+  STD_TORCH_CHECK(
+      columns.scalar_type() == rows.scalar_type(), op, ": columns must have rows' dtype, ",
+      dtype_name(rows.scalar_type()), ", got ", described(columns));
+  STD_TORCH_CHECK(columns.dim() == 1, op, ": columns must be 1-D, got ", described(columns));
+  check_device(op, "columns", columns, rows);
+  check_positions(op, "exclude", exclude, rows);
+  const int64_t entries = rows.numel() * columns.numel();
+  STD_TORCH_CHECK(
+      exclude.numel() <= entries, op, ": exclude must be at most N K = ", entries, " positions, got ",
+      described(exclude));
+  STD_TORCH_CHECK(
+      count >= 0 && count <= entries - exclude.numel(), op, ": count must be in [0, ", entries - exclude.numel(),
+      "], the entries that are not excluded, got ", count);
+}
+
+inline void check_product_above(
+    const char* op, const Tensor& grad_out, const Tensor& x, double threshold, int64_t capacity, bool takes_float64) {
+  check_activations(op, "grad_out", grad_out, takes_float64);
+  check_matrix(op, "x", x, grad_out);
+  check_dtype(op, "x", x, grad_out);
+  STD_TORCH_CHECK(x.size(0) == grad_out.size(0), op, ": x must be [", grad_out.size(0), ", K], got ", described(x));
+  check_not_negative(op, "threshold", threshold);
+  STD_TORCH_CHECK(capacity >= 0, op, ": capacity must be at least 0, got ", capacity);
 }
 
 }  // namespace peft_kernels

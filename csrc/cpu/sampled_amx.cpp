@@ -35,8 +35,10 @@ void lay_out(const Matrix& x, int64_t first, int64_t rows, int64_t begin, int64_
   }
 }
 
-// product [32][32] of 32 left columns and one column tile.
-inline void multiply_tile(const uint16_t* left, int64_t stride, int64_t depth, const uint16_t* right, float* product) {
+// product [32][32], rows `product_stride` apart, of 32 left columns and one column tile.
+inline void multiply_tile(
+    const uint16_t* left, int64_t stride, int64_t depth, const uint16_t* right, float* product,
+    int64_t product_stride = kTileColumns) {
   zero_sums();
   for (int64_t m = 0; m < depth; m += kDepth, right += kStepWords) {
     tile_load<4>(left + m, stride * 2);
@@ -48,10 +50,10 @@ inline void multiply_tile(const uint16_t* left, int64_t stride, int64_t depth, c
     tile_multiply<2, 5, 6>();
     tile_multiply<3, 5, 7>();
   }
-  tile_store<0>(product, kTileColumns * 4);
-  tile_store<1>(product + kTile, kTileColumns * 4);
-  tile_store<2>(product + kTile * kTileColumns, kTileColumns * 4);
-  tile_store<3>(product + kTile * kTileColumns + kTile, kTileColumns * 4);
+  tile_store<0>(product, product_stride * 4);
+  tile_store<1>(product + kTile, product_stride * 4);
+  tile_store<2>(product + kTile * product_stride, product_stride * 4);
+  tile_store<3>(product + kTile * product_stride + kTile, product_stride * 4);
 }
 
 constexpr int32_t kNone = INT32_MAX;
@@ -125,8 +127,32 @@ void multiply(const TileRows<Index>& block) {
   }
 }
 
+constexpr int64_t kSumRows = 512;  // of M in one sum of the tiles
+
+void multiply_all(
+    const void* left_columns, int64_t stride, int64_t depth, const void* tiles, int64_t columns, float* product,
+    int64_t product_stride) {
+  const TileScope scope;
+  const uint16_t* left = static_cast<const uint16_t*>(left_columns);
+  alignas(64) float sums[kTileRows * kTileColumns];
+  for (int64_t c = 0; c < columns; c += kTileColumns) {
+    const uint16_t* right = static_cast<const uint16_t*>(tiles) + c * depth;
+    multiply_tile(left, stride, smaller(depth, kSumRows), right, product + c, product_stride);
+    for (int64_t m = kSumRows; m < depth; m += kSumRows) {
+      multiply_tile(left + m, stride, smaller(depth - m, kSumRows), right + m * kTileColumns, sums);
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        float* row = product + i * product_stride + c;
+        for (int64_t part = 0; part < kTileColumns; part += 16) {
+          const __m512 more = _mm512_load_ps(sums + i * kTileColumns + part);
+          _mm512_storeu_ps(row + part, _mm512_add_ps(_mm512_loadu_ps(row + part), more));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
-const SampledTiles sampled_tiles_bf16 = {lay_out, multiply<int32_t>, multiply<int64_t>};
+const SampledTiles sampled_tiles_bf16 = {lay_out, multiply<int32_t>, multiply<int64_t>, multiply_all};
 
 }  // namespace peft_kernels

@@ -60,7 +60,17 @@ struct SampledTiles {
   void (*lay_out)(const Matrix& x, int64_t first, int64_t rows, int64_t begin, int64_t end, void* tiles);
   void (*multiply_int32)(const TileRows<int32_t>& block);
   void (*multiply_int64)(const TileRows<int64_t>& block);
+
+  // product [32, columns], rows `product_stride` apart, of all the 32 transposed columns of grad_out and a block's
+  // columns, a multiple of 32.
+  void (*multiply_all)(
+      const void* left, int64_t stride, int64_t depth, const void* tiles, int64_t columns, float* product,
+      int64_t product_stride);
 };
+
+// The kernels for activations of a dtype, and their matrix tiles, or null.
+const SampledKernel& sampled_kernel_for(DType dtype);
+const SampledTiles* sampled_tiles_for(DType dtype);
 
 extern const SampledKernels sampled_kernels_baseline;
 #if defined(__x86_64__)

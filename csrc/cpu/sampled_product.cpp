@@ -63,23 +63,12 @@ const SampledKernels& choose_kernels() {
   return sampled_kernels_baseline;
 }
 
-const SampledKernel& kernel_for(DType dtype) {
-  static const SampledKernels& table = choose_kernels();
-  return table.products[static_cast<int>(dtype)];
-}
-
 // The density from which tiles are the faster way, one entry in so many elements (measured from 576 x 1536 to
 // 2048 x 2048).
 constexpr int64_t kTilesFromOneIn = 18;
 
-// Or null. Tiles take their left operands as the bfloat16 kernel transposes them.
-const SampledTiles* tiles_for(const SampledKernel& kernel, DType dtype, int64_t entries, int64_t elements) {
-#if defined(__x86_64__)
-  const bool usable =
-      dtype == DType::bf16 && kernel.element_bytes == 2 && std::string_view(kernels().capability) == "amx";
-  if (usable && entries >= divide_up(elements, kTilesFromOneIn)) return &sampled_tiles_bf16;
-#endif
-  return nullptr;
+const SampledTiles* tiles_for(DType dtype, int64_t entries, int64_t elements) {
+  return entries >= divide_up(elements, kTilesFromOneIn) ? sampled_tiles_for(dtype) : nullptr;
 }
 
 Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
@@ -286,8 +275,8 @@ Tensor sampled_product(Tensor grad_out, Tensor x, Tensor indices, ScalarType dty
   char* sums = static_cast<char*>(in_place ? out.data_ptr() : memory.get());
   std::fill_n(sums, entries * sum_bytes, char{0});
   const Tensor dy = with_unit_columns(grad_out), rows = with_unit_columns(x);
-  const SampledKernel& kernel = kernel_for(activations);
-  const SampledTiles* tiles = tiles_for(kernel, activations, entries, dy.size(1) * rows.size(1));
+  const SampledKernel& kernel = sampled_kernel_for(activations);
+  const SampledTiles* tiles = tiles_for(activations, entries, dy.size(1) * rows.size(1));
   if (indices.scalar_type() == ScalarType::Int) {
     SampledProduct(
         kernel, tiles, matrix_of(dy), matrix_of(rows), static_cast<const int32_t*>(indices.data_ptr()), entries)
@@ -307,6 +296,21 @@ Tensor sampled_product(Tensor grad_out, Tensor x, Tensor indices, ScalarType dty
 }
 
 }  // namespace
+
+const SampledKernel& sampled_kernel_for(DType dtype) {
+  static const SampledKernels& table = choose_kernels();
+  return table.products[static_cast<int>(dtype)];
+}
+
+const SampledTiles* sampled_tiles_for(DType dtype) {
+#if defined(__x86_64__)
+  // Tiles take their left operands as the bfloat16 kernel transposes them.
+  const bool usable = dtype == DType::bf16 && sampled_kernel_for(dtype).element_bytes == 2;
+  if (usable && std::string_view(kernels().capability) == "amx") return &sampled_tiles_bf16;
+#endif
+  return nullptr;
+}
+
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {

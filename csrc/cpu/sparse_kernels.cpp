@@ -8,7 +8,7 @@
 // Sums are formed in the wider of values' dtype and the accumulation dtype, one rounding per operation and no fused
 // multiply-add: the bits are the same with every instruction set, and those of the sums are the definition's.
 #include "sparse_kernels.h"
-#include "simd.h"
+#include "chunk.h"
 
 #if !defined(PK_CAPABILITY)
 #error "compile with -DPK_CAPABILITY=baseline|avx2|avx512"
@@ -17,13 +17,9 @@
 namespace peft_kernels {
 namespace {
 
-// Entries between a line's prefetch and its use: enough to cover the latency of memory.
-constexpr int64_t kAhead = 64;
-
-template <typename A, typename B>
-constexpr bool kSame = false;
-template <typename A>
-constexpr bool kSame<A, A> = true;
+// Entries between a line's prefetch and its use: enough to cover the latency of memory, and what an optimizer
+// calculates between two writes.
+constexpr int64_t kAhead = 128;
 
 // The type that sums of two dtypes are formed in.
 template <typename A, typename B>
@@ -43,26 +39,6 @@ struct Wider<double, double> {
   using type = double;
 };
 
-template <typename T>
-constexpr bool kHalf = kSame<T, bf16> || kSame<T, fp16>;
-
-// count <= kChunk elements in another type; half precision and double meet by way of float, as in torch.
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
-  if constexpr ((kHalf<From> && kSame<To, double>) || (kSame<From, double> && kHalf<To>)) {
-    float between[kChunk];
-    convert(from, between, count);
-    convert(between, to, count);
-  } else if constexpr (kHalf<From> || kHalf<To>) {
-    int64_t i = 0;
-    for (; i + kLanes<float> <= count; i += kLanes<float>) store_vector(to + i, load_vector(from + i));
-    const int rest = static_cast<int>(count - i);
-    if (rest > 0) store_partial(to + i, load_partial(from + i, rest), rest);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
-  }
-}
-
 template <typename Weight, typename Value>
 void add(const void* base, const void* values, double scaling, int64_t count, void* sums) {
   using Sum = typename Wider<Weight, Value>::type;
@@ -73,9 +49,6 @@ void add(const void* base, const void* values, double scaling, int64_t count, vo
   for (int64_t i = 0; i < count; ++i) sum[i] += factor * change[i];
   convert(sum, static_cast<Weight*>(sums), count);
 }
-
-inline float square_root(float value) { return __builtin_sqrtf(value); }
-inline double square_root(double value) { return __builtin_sqrt(value); }
 
 template <typename acc>
 void adamw_in(

@@ -2,5 +2,27 @@
 
 from .lora import lora_linear, lora_merged_weight
 from .sparse_delta import check_indices, quantized_sparse_delta_linear, sparse_delta_linear
+from .sparse_selection import (
+    gradient_topk,
+    outer_product_topk,
+    sorted_contains,
+    sorted_difference,
+    sorted_intersection,
+    sorted_merge,
+    sorted_union,
+)
 
-__all__ = ["check_indices", "lora_linear", "lora_merged_weight", "quantized_sparse_delta_linear", "sparse_delta_linear"]
+__all__ = [
+    "check_indices",
+    "gradient_topk",
+    "lora_linear",
+    "lora_merged_weight",
+    "outer_product_topk",
+    "quantized_sparse_delta_linear",
+    "sorted_contains",
+    "sorted_difference",
+    "sorted_intersection",
+    "sorted_merge",
+    "sorted_union",
+    "sparse_delta_linear",
+]

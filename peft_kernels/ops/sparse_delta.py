@@ -86,6 +86,7 @@ def _register() -> None:
         ("scatter_accumulate_", reference.scatter_accumulate_, _fake_in_place),
         ("sampled_product", reference.sampled_product, _fake_sampled_product),
         ("sparse_adamw_", reference.sparse_adamw_, _fake_in_place),
+        ("sparse_sm3_", reference.sparse_sm3_, _fake_in_place),
     ):
         register_operator(name, reference=definition, fake=fake, cuda=False, triton=triton)
 

@@ -97,3 +97,53 @@ def sparse_delta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: 
     live = weight + zeros.index_put((_positions(indices),), change).view(weight.shape)
     y = as_rows(x) @ live.t()
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def sparse_sm3_(
+    values: Tensor,
+    grad: Tensor,
+    row_max: Tensor,
+    column_max: Tensor,
+    exp_avg: Tensor | None,
+    weight: Tensor | None,
+    indices: Tensor,
+    original: Tensor | None,
+    lr: float,
+    beta: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of SM3 on `values [nnz]`, then `scatter_write_` into `weight`.
+
+    An entry's second moment is the smaller of two maxima, of its row and of its column, and its own square on top:
+
+        u = min(row_max[n], column_max[k]) + g^2        all from the old maxima
+        row_max[n] = max(row_max[n], u in this row)     column_max[k] likewise
+        step = g / (sqrt(u) + eps)                      0 where u is 0
+        values = values (1 - lr weight_decay) - lr step
+
+    With `exp_avg`, `exp_avg = beta exp_avg + (1 - beta) step` takes the place of the step. grad and exp_avg `[nnz]`,
+    row_max `[N]` and column_max `[K]`, at least 0, in values' dtype, all contiguous; every number is formed in the
+    accumulation dtype and rounded once. Without weight (then without original) nothing is written back.
+
+    Source: Anil et al., "Memory-Efficient Adaptive Optimization", NeurIPS 2019, SM3-II; the cover is rows and columns.
+    """
+    if (weight is None) != (original is None):
+        missing, given = ("original", "weight") if original is None else ("weight", "original")
+        raise ValueError(f"sparse_sm3_: {missing} must be given with {given}, got None")
+    dtype, positions = accumulation_dtype(values.dtype), _positions(indices)
+    columns = max(column_max.numel(), 1)
+    row, column = positions // columns, positions % columns
+    g = grad.to(dtype)
+    second = torch.minimum(row_max[row], column_max[column]).to(dtype) + g * g
+    rounded = second.to(values.dtype)
+    row_max.scatter_reduce_(0, row, rounded, "amax")
+    column_max.scatter_reduce_(0, column, rounded, "amax")
+    update = torch.where(second == 0, 0.0, g / (second.sqrt() + eps))
+    if exp_avg is not None:
+        update = beta * exp_avg.to(dtype) + (1 - beta) * update
+        exp_avg.copy_(update)
+    values.copy_(values.to(dtype) * (1 - lr * weight_decay) - lr * update)
+    if weight is not None:
+        assert original is not None
+        scatter_write_(weight, indices, original, values)

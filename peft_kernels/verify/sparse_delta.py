@@ -58,13 +58,25 @@ def _adamw(i: _Inputs) -> tuple[Any, ...]:
     return i.entries(), i.entries(), *moments, *target, 3, 1e-2, 0.9, 0.99, 1e-8, 0.1
 
 
+def _sm3(i: _Inputs) -> tuple[Any, ...]:
+    maxima = (i.normal(i.out_columns, sums=True).abs(), i.normal(i.columns, sums=True).abs())
+    target = (i.normal(i.out_columns, i.columns), i.indices, i.normal(i.count))
+    return i.entries(), i.entries(), *maxima, i.entries(), *target, 1e-2, 0.9, 1e-8, 0.1
+
+
 _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {
     "scatter_write_": _write,
     "scatter_accumulate_": _accumulate,
     "sampled_product": _sampled,
     "sparse_adamw_": _adamw,
+    "sparse_sm3_": _sm3,
 }
-_MUTATED = {"scatter_write_": (0,), "scatter_accumulate_": (0,), "sparse_adamw_": (0, 2, 3, 4)}
+_MUTATED = {
+    "scatter_write_": (0,),
+    "scatter_accumulate_": (0,),
+    "sparse_adamw_": (0, 2, 3, 4),
+    "sparse_sm3_": (0, 2, 3, 4, 5),
+}
 
 OPERATORS = tuple(_ARGUMENTS)
 

@@ -87,10 +87,36 @@ ADAMW = [
         for value, text in ((-0.1, "-0.1"), (1.0, "1"), (1.5, "1.5"), (NAN, "nan"), (INF, "inf"))
     ),
 ]  # fmt: skip
+SM3 = [
+    ({"values": column}, r"values must be 1-D, got float32 \[37, 1\]"),
+    ({"values": apart}, r"values must be contiguous, got float32 \[37\] on .* with strides \[2\]"),
+    ({"values": torch.Tensor.int}, r"values must be float32, .*, got int32 \[37\]"),
+    ({"indices": short}, r"indices must be \[37\], as many as values, got int32 \[36\]"),
+    ({"original": None}, r"original must be given with weight, got None"),
+    ({"weight": None}, r"weight must be given with original, got None"),
+    ({"row_max": lambda t: t[:1]}, r"indices must be at most N K = 24 positions, got int32 \[37\]"),
+    ({"row_max": short}, r"weight must have N K = 456 elements, as row_max and .* say, got float32 \[20, 24\]"),
+    *(
+        case
+        for name, size in (("row_max", 20), ("column_max", 24))
+        for case in (
+            ({name: column}, rf"{name} must be 1-D, got float32 \[{size}, 1\]"),
+            ({name: half}, rf"{name} must have values' dtype, float32, got bfloat16 \[{size}\]"),
+            ({name: apart}, rf"{name} must be contiguous, got float32 \[{size}\] on .* with strides \[2\]"),
+        )
+    ),
+    *(({name: -0.1}, rf"{name} must be at least 0, got -0\.1") for name in ("lr", "eps", "weight_decay")),
+    *(({name: NAN}, rf"{name} must be at least 0, got -?nan") for name in ("lr", "eps", "weight_decay")),
+    *(({"beta": value}, r"beta must be in \[0, 1\), got") for value in (-0.1, 1.0, NAN)),
+]  # fmt: skip
+# What the state of one optimizer shares with that of the other, and messages that say N K instead.
+SM3_STATE = [case for case in STATE if "exp_avg_sq" not in case[0]]
+SM3_TARGET = [case for case in (*WEIGHT, *INDICES, *ORIGINAL) if "at most as many" not in case[1]]
 BY_OPERATOR = {
     "scatter_write_": [*WEIGHT, *INDICES, *ORIGINAL, *VALUES],
     "scatter_accumulate_": [*WEIGHT, *INDICES, *VALUES],
     "sparse_adamw_": [*WEIGHT, *INDICES, *ORIGINAL, *STATE, *ADAMW],
+    "sparse_sm3_": [*SM3_TARGET, *SM3_STATE, *SM3],
 }
 CASES = compiled_cases((operator, *case) for operator, cases in BY_OPERATOR.items() for case in cases)
 

@@ -18,6 +18,7 @@ WITHOUT = {
     "scatter_write_": {"values": None},
     "scatter_accumulate_": {"scaling": 1.0},
     "sparse_adamw_": {"weight": None, "indices": None, "original": None},
+    "sparse_sm3_": {"exp_avg": None, "weight": None, "original": None},
 }
 """The other form of each call."""
 

@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 ADAMW = {"lr": 0.02, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-IN_PLACE = ("scatter_write_", "scatter_accumulate_", "sparse_adamw_")
+SM3 = {"lr": 0.02, "beta": 0.9, "eps": 1e-8, "weight_decay": 0.1}
+IN_PLACE = ("scatter_write_", "scatter_accumulate_", "sparse_adamw_", "sparse_sm3_")
+SELECTION = ("outer_product_topk", "product_above", "sorted_merge", "sorted_contains")
+OPERATORS = (*IN_PLACE, "sampled_product", *SELECTION)
 CHANGED = {
     "scatter_write_": ("weight",),
     "scatter_accumulate_": ("weight",),
     "sparse_adamw_": ("values", "exp_avg", "exp_avg_sq", "weight"),
+    "sparse_sm3_": ("values", "row_max", "column_max", "exp_avg", "weight"),
 }
 """Operator to the arguments that it changes."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A weight and a delta of some of its entries, with the state of AdamW."""
+    """A weight and a delta of some of its entries, with the state of AdamW and of SM3."""
 
     weight: Tensor
     indices: Tensor
@@ -30,6 +34,8 @@ class Delta:
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    row_max: Tensor
+    column_max: Tensor
 
     def copy(self) -> Delta:
         """The same in memory of its own."""
@@ -49,6 +55,9 @@ class Delta:
         elif operator == "sparse_adamw_":
             names = ("values", "grad", "exp_avg", "exp_avg_sq", "weight", "indices", "original")
             numbers = {"step": 3, **ADAMW}
+        elif operator == "sparse_sm3_":
+            names = ("values", "grad", "row_max", "column_max", "exp_avg", "weight", "indices", "original")
+            numbers = SM3
         else:
             raise ValueError(f"no arguments for operator {operator!r}")
         return {**{name: getattr(self, name) for name in names}, **numbers, **changes}
@@ -70,7 +79,10 @@ def random_delta(
     device: str = "cpu",
     seed: int = 0,
 ) -> Delta:
-    """A weight of normal numbers and `count` of its entries, drawn without repetition; AdamW has made a step or two."""
+    """A weight of normal numbers and `count` of its entries, drawn without repetition, after a step or two.
+
+    Rows and columns, which SM3 knows, are those of a weight that is folded into a matrix.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -80,7 +92,7 @@ def random_delta(
     indices = torch.randperm(weight.numel(), generator=generator)[:count].sort().values
     original = weight.view(-1)[indices].clone()
     state = [normal(count), normal(count), 0.3 * normal(count), 0.3 * normal(count).square()]
-    values, grad, exp_avg, exp_avg_sq = (tensor.to(values_dtype).to(device) for tensor in state)
-    return Delta(
-        weight.to(device), indices.to(index_dtype).to(device), original.to(device), values, grad, exp_avg, exp_avg_sq
-    )
+    columns = shape[-1] if shape else 1
+    state += [0.3 * normal(weight.numel() // max(columns, 1)).square(), 0.3 * normal(columns).square()]
+    placed = [tensor.to(values_dtype).to(device) for tensor in state]
+    return Delta(weight.to(device), indices.to(index_dtype).to(device), original.to(device), *placed)
