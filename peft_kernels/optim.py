@@ -32,6 +32,9 @@ class SparseAdamW(torch.optim.Optimizer):
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
 
+    writes_deltas = True
+    """Layers need not write after a step of this optimizer."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -53,15 +56,15 @@ class SparseAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        updated = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(parameter.grad.is_sparse for parameter, _ in updated):
+            raise RuntimeError("SparseAdamW takes dense gradients; a delta's gradient is one number per entry")
+        for parameter, group in updated:
+            self._update(parameter, group)
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if parameter.grad is None or parameter.grad.is_sparse:
-            raise RuntimeError("SparseAdamW takes dense gradients; a delta's gradient is one number per entry")
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -85,11 +88,13 @@ class SparseAdamW(torch.optim.Optimizer):
                 tensor.copy_(updated.view(tensor.shape))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
+        for group in state["param_groups"]:  # before anything is taken over
             for option in ("amsgrad", "maximize"):
                 if group.get(option):
                     raise ValueError(f"SparseAdamW has no {option}, which the loaded state was made with")
+            if group.get("weight_decay") and not group.get("decoupled_weight_decay", True):
+                raise ValueError("SparseAdamW decays weights apart from gradients, the loaded state was made otherwise")
+        super().__setstate__(state)
 
 
 def _step(tensors: list[Tensor], target: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:

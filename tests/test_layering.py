@@ -6,6 +6,7 @@ import configparser
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def test_contracts_are_complete():
     config.read(ROOT / ".importlinter")
     names = {section.removeprefix("importlinter:contract:") for section in config.sections() if ":contract:" in section}
     assert names == {"layers", "triton", "core", "outside"}
+
+
+def test_every_package_is_installed():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("peft_kernels/**/__init__.py")}
+    assert listed == found | {"peft_kernels.triton_kernels"}
 
 
 def test_importing_the_package_imports_none_of_the_heavy_libraries():

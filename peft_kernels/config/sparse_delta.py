@@ -24,7 +24,7 @@ class SparseDeltaConfig(AdapterConfig):
 
     Attributes:
         density: share of the entries of every adapted weight, in (0, 1].
-        num_deltas: at most so many in all.
+        num_deltas: at most so many in all, as long as there is one for every layer.
         lora_equivalent_rank: at most as many as LoRA of this rank has parameters, `r (in_features + out_features)`
             summed over the adapted layers.
         selection: how positions are chosen. "rigl" starts at random and moves to where accumulated gradients are
@@ -85,8 +85,9 @@ class SparseDeltaConfig(AdapterConfig):
                 f"selection_accumulation_steps must be at most reselection_steps, {self.reselection_steps}, "
                 f"got {self.selection_accumulation_steps}"
             )
-        if not 0.0 <= self.initial_reselection_rate <= 1.0:
-            raise ValueError(f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate!r}")
+        rate = self.initial_reselection_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
+            raise ValueError(f"initial_reselection_rate must be in [0, 1], got {rate!r}")
         for name, choices in (("selection", SELECTIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -98,16 +99,16 @@ class SparseDeltaConfig(AdapterConfig):
             shapes: `(out_features, in_features)` by path.
         """
         sizes = {path: rows * columns for path, (rows, columns) in shapes.items()}
-        total = sum(sizes.values())
-        density = self.density
-        if density is None:
+        if self.density is not None:  # rounded down as Super-Tuning rounds, so that PEFT can load what we save
+            counts = {path: math.floor(size * self.density) for path, size in sizes.items()}
+        else:
             wanted = self.num_deltas
             if wanted is None:
                 assert self.lora_equivalent_rank is not None
                 wanted = self.lora_equivalent_rank * sum(rows + columns for rows, columns in shapes.values())
-            density = wanted / total if total else 0.0
-        # Rounded down as Super-Tuning rounds, so that PEFT can load what we save.
-        return {path: min(size, max(1, math.floor(size * density))) if size else 0 for path, size in sizes.items()}
+            total = max(1, sum(sizes.values()))
+            counts = {path: size * wanted // total for path, size in sizes.items()}
+        return {path: min(size, max(1, counts[path])) for path, size in sizes.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -121,5 +122,12 @@ class SparseDeltaConfig(AdapterConfig):
             if values.get("r") is not None:
                 raise ValueError(f"r={values['r']!r} is not supported: Super-Tuning with low-rank factors is PEFT's")
             if "density" not in values:
-                values = {**values, "density": 1.0 - values["sparsity"], "selection": "magnitude"}
+                values = {**values, "density": 1.0 - _sparsity(values), "selection": "magnitude"}
         return super().from_dict(values)
+
+
+def _sparsity(values: Mapping[str, Any]) -> float:
+    sparsity = values.get("sparsity", 0.99)  # PEFT's default
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
+    return float(sparsity)

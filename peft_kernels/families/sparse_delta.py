@@ -54,6 +54,9 @@ class _SparseDelta(Family):
             raise ValueError(
                 f"positions must be given for the adapted layers, each of them, and no other: {missing[0]}"
             )
+        for path, tensor in (positions or {}).items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"positions must be tensors, got {type(tensor).__name__} for {path}")
         counts = config.counts({path: (linear.out_features, linear.in_features) for path, linear in linears.items()})
         selection: Any = "magnitude" if config.selection == "magnitude" else "random"
         layers: dict[str, DeltaLayer] = {}
@@ -86,7 +89,7 @@ class _SparseDelta(Family):
 
     def described(self, layers: Mapping[str, DeltaLayer], every_path: Collection[str]) -> SparseDeltaConfig:
         return SparseDeltaConfig(
-            num_deltas=sum(layer.num_deltas for layer in layers.values()),
+            num_deltas=max(1, sum(layer.num_deltas for layer in layers.values())),
             target_modules=targets.names_for(layers, every_path),
         )
 
@@ -144,6 +147,8 @@ def _numel(layer: DeltaLayer) -> int:
 def _common_sparsity(layers: Collection[DeltaLayer]) -> float | None:
     """The `sparsity` from which Super-Tuning would take as many entries of every layer; None when there is none."""
     sizes = [(_numel(layer), layer.num_deltas) for layer in layers]
+    if any(count == 0 for _, count in sizes):  # which PEFT refuses
+        return None
     # int(numel (1 - sparsity)) = count leaves each layer an interval; any point of all of them will do.
     least = max(1.0 - (count + 1) / numel for numel, count in sizes)
     most = min(1.0 - count / numel for numel, count in sizes)

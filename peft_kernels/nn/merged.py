@@ -15,10 +15,23 @@ def write_delta(weight: Tensor, indices: Tensor, original: Tensor, values: Tenso
     """`weight[indices] = original + values`, rounded once; without values original itself, bit for bit.
 
     Autograd is told that weight changed: a backward pass that still needs what it held before raises.
+
+    Raises:
+        RuntimeError: weight is sharded, as between the passes of FSDP; nothing has changed.
     """
+    if not torch.compiler.is_compiling() and is_sharded(weight):
+        raise RuntimeError(
+            "the weight is sharded (a DTensor), so no delta can be written into it or taken out of it here; do that "
+            "before fully_shard, or in a model that has loaded the gathered state_dict"
+        )
     write = backends.kernel("scatter_write_", weight.device.type, weight.dtype)
     write(weight.detach(), indices, original, None if values is None else values.detach())
     count_change(weight)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether tensor is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "to_local")
 
 
 def count_change(tensor: Tensor) -> None:
@@ -35,14 +48,15 @@ def entries_of(weight: Tensor, indices: Tensor) -> Tensor:
 class Stamp:
     """Remembers which values a layer has written into its weight.
 
-    Torch counts the in-place changes of every tensor, so the same tensors with the same counts mean that nothing has
-    happened since. That holds for the weight that the layer was built around, its own; another one in its place has
-    been gathered for the moment (FSDP), and is written to in every pass.
+    Torch counts the in-place changes of every tensor, so the same tensors with the same counts in the same memory mean
+    that nothing has happened since; what is done in place to a tensor's `.data` it does not count. That holds for the
+    weight that the layer was built around, its own; another one in its place has been gathered for the moment (FSDP),
+    and is written to in every pass.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._own = weakref.ref(weight)
-        self._written: tuple[int, Any, int] | None = None
+        self._written: tuple[tuple[int, int], Any, tuple[int, int]] | None = None
 
     def owns(self, weight: Tensor) -> bool:
         """Whether weight is the layer's own."""
@@ -51,7 +65,7 @@ class Stamp:
     def set(self, weight: Tensor, values: Tensor) -> None:
         """The present values are in weight now."""
         if self.owns(weight) and not weight.is_inference() and not values.is_inference():
-            self._written = (weight._version, weakref.ref(values), values._version)
+            self._written = (_state(weight), weakref.ref(values), _state(values))
 
     def clear(self) -> None:
         """Nothing is known of what weight holds."""
@@ -61,5 +75,13 @@ class Stamp:
         """Whether weight holds the present values for certain."""
         if self._written is None or not self.owns(weight):
             return False
-        weight_version, written, values_version = self._written
-        return written() is values and weight._version == weight_version and values._version == values_version
+        weight_then, written, values_then = self._written
+        return written() is values and _state(weight) == weight_then and _state(values) == values_then
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """How often tensor was changed in place, and where it lies: `.data = ...` changes only that."""
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # inside torch.func's transforms, where it has no memory of its own
+        return tensor._version, 0

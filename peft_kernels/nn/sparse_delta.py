@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..ops.sparse_delta import Observer
 from .linear import FLOATING, take_over, takeover_obstacle
-from .merged import Stamp, count_change, entries_of, write_delta
+from .merged import Stamp, count_change, entries_of, is_sharded, write_delta
 from .positions import index_dtype, largest_positions, number_of, random_positions
 
 SELECTIONS = ("random", "magnitude")
@@ -28,6 +29,20 @@ def layer_of(values: Tensor) -> SparseDeltaLinear | None:
     """The layer whose deltas these are; None for any other parameter."""
     found = _layers.get(values)
     return None if found is None else found()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Tells torch that an optimizer has changed its deltas: fused ones (`fused=True`, most in CUDA) leave that out, and
+    a layer would take what it has written for the present values."""
+    if not _layers or getattr(optimizer, "writes_deltas", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in _layers:
+                count_change(parameter)
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 def values_dtype_over(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
@@ -57,7 +72,8 @@ class SparseDeltaLinear(nn.Linear):
     loads too (`strict=False`), with `original` read from its weight.
 
     The weight belongs to the layer while it lives: share it with no other module (`inject` sees to that), and call
-    `read_original` after changing it by hand.
+    `read_original` after changing it by hand. A change of values is seen by torch's own count of changes; what is done
+    in place to `values.data` torch does not count: call `restore_weight` after it, so that the next forward writes.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -174,7 +190,7 @@ class SparseDeltaLinear(nn.Linear):
         self.selection = selection
         self.gradient_observer = None
         self.values = nn.Parameter(torch.zeros(indices.numel(), device=self.weight.device, dtype=dtype))
-        self.register_buffer("indices", indices.to(self.weight.device))
+        self.register_buffer("indices", indices.to(self.weight.device, copy=True))  # set_delta writes into it
         self.register_buffer("original", entries_of(self.weight, self.indices))
         self._filled = not self.weight.is_meta
         self._adopt()
@@ -183,7 +199,13 @@ class SparseDeltaLinear(nn.Linear):
     def _adopt(self) -> None:
         """Makes the present weight and values the layer's own."""
         self._stamp = Stamp(self.weight)
-        _layers[self.values] = weakref.ref(self)
+        if not is_sharded(self.values):
+            _layers[self.values] = weakref.ref(self)
+
+    def _disown(self) -> None:
+        """Lets go of them, until `_adopt`: torch does not swap a tensor that something refers to weakly."""
+        self.__dict__.pop("_stamp", None)
+        _layers.pop(self.values, None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -213,10 +235,10 @@ class SparseDeltaLinear(nn.Linear):
             )
         original = None
         if torch.compiler.is_compiling():  # torch's counts are not known to a traced function: it writes every time
-            write_delta(weight, self.indices, self.original, self.values)
+            write_delta(weight, self.indices, self._original_over(weight), self.values)
         else:
             self.write()
-            original = None if self._stamp.owns(weight) else self.original
+            original = None if self._stamp.owns(weight) else self._original_over(weight)
         return ops.sparse_delta_linear(
             x, weight, self.bias, self.values, self.indices, original=original, observer=self.gradient_observer
         )
@@ -225,8 +247,12 @@ class SparseDeltaLinear(nn.Linear):
         """Writes the delta into weight if it is not there yet; forward does so by itself."""
         if self._stamp.holds(self.weight, self.values):
             return
-        write_delta(self.weight, self.indices, self.original, self.values)
+        write_delta(self.weight, self.indices, self._original_over(self.weight), self.values)
         self._stamp.set(self.weight, self.values)
+
+    def _original_over(self, weight: Tensor) -> Tensor:
+        """What `weight` holds without the delta: FSDP's mixed precision gathers it in another dtype."""
+        return self.original.to(weight.dtype)
 
     def written(self) -> None:
         """To be called by an optimizer that has changed values and written them into weight in one pass."""
@@ -302,8 +328,16 @@ class SparseDeltaLinear(nn.Linear):
     def _apply(self, *args: Any, **kwargs: Any) -> SparseDeltaLinear:
         # In another dtype the rounding of W0 is wanted, not that of W0 + delta rounded before.
         self.restore_weight()
-        super()._apply(*args, **kwargs)
-        self._adopt()
+        before = self.indices
+        self._disown()
+        try:
+            super()._apply(*args, **kwargs)
+        finally:
+            self._adopt()
+        # to("meta") and to_empty leave nothing behind that could be read, and positions that could be anywhere.
+        self._filled = self._filled and _same(before, self.indices)
+        if self.merged and self._filled:
+            self.write()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -323,8 +357,10 @@ class SparseDeltaLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = {name for name in ("weight", "indices", "original") if f"{prefix}{name}" in state_dict}
+        given = {name for name in ("weight", "values", "indices", "original") if f"{prefix}{name}" in state_dict}
         try:
+            for name in sorted(given):
+                _check_shape(name, state_dict[f"{prefix}{name}"], getattr(self, name).shape)
             if "indices" in given:
                 _checked(state_dict[f"{prefix}indices"], self.weight)
             elif "original" in given:
@@ -332,12 +368,16 @@ class SparseDeltaLinear(nn.Linear):
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}indices: {error}")
             return
-        self.restore_weight()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._adopt()
-        self._filled = self._filled or len(given) == 3
+        if not {"weight", "original"} <= given:  # else both are replaced, and original settles what weight holds
+            self.restore_weight()
+        self._disown()
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._adopt()
+        self._filled = self._filled or len(given) == 4
         if self._filled and not {"weight", "original"} <= given:  # weight is as it was before any delta
             self.read_original()
         if self.merged:
@@ -366,6 +406,18 @@ def _selected(weight: Tensor, count: int, selection: str, generator: torch.Gener
     if selection == "magnitude":
         return largest_positions(weight.detach().abs(), count)
     return random_positions(weight.numel(), count, generator)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, as in the layer, got {list(tensor.shape)}")
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    """Whether positions have survived a move."""
+    if before is after:
+        return True
+    return not after.is_meta and not before.is_meta and torch.equal(before.to(after.device), after)
 
 
 def _checked(indices: Tensor, weight: Tensor) -> Tensor:

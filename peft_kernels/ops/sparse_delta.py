@@ -50,7 +50,9 @@ def check_indices(indices: Tensor, numel: int) -> None:
         raise ValueError(
             f"indices must be at most as many as the weight has elements, {numel}, got {_described(indices)}"
         )
-    at = _first((indices < 0) | (indices >= numel))
+    # An int32 tensor cannot be compared with a number that int32 does not hold; it is below such a number anyway.
+    largest = min(numel - 1, torch.iinfo(indices.dtype).max)
+    at = _first((indices < 0) | (indices > largest))
     if at is not None:
         raise ValueError(f"indices must be in [0, {numel}), got {int(indices[at])} at position {at}")
     at = _first(indices[1:] <= indices[:-1])
@@ -138,13 +140,17 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         if need_values:
             sampled_product = backends.kernel("sampled_product", dy.device.type, dy.dtype, ctx.backend)
             grad_values = sampled_product(dy, rows, indices, values.dtype)
-            if ctx.observer is not None:
-                ctx.observer(dy, rows)
+            _observe(ctx, dy, rows)
         if need_weight:
             grad_weight = dy.t() @ rows
         if need_bias:
             grad_bias = dy.sum(0)
         return dx, grad_weight, grad_bias, grad_values, None, None, None, None
+
+
+def _observe(ctx, dy: Tensor, rows: Tensor) -> None:  # type: ignore[no-untyped-def]
+    if ctx.observer is not None:
+        ctx.observer(dy.detach(), rows.detach())  # what is looked at later must not hold a graph
 
 
 def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
@@ -160,6 +166,7 @@ def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-
         grad_weight = as_rows(grad_out).t() @ as_rows(x)
     if need_values:
         grad_values = reference.sampled_product(as_rows(grad_out), as_rows(x), indices, values.dtype)
+        _observe(ctx, as_rows(grad_out), as_rows(x))
     return dx, grad_weight, grad_bias, grad_values, None, None, None, None
 
 
@@ -174,7 +181,9 @@ def _describe(tensor: Tensor) -> str:
     return f"{_described(tensor)} on {tensor.device}"
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, original: Tensor | None
+) -> None:
     """Raises before anything runs; every message names the argument, what was expected and what came."""
     if weight.dim() != 2:
         raise ValueError(
@@ -202,7 +211,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indic
             "sparse_delta_linear: values and indices must be 1-D and of the same length, "
             f"got {_describe(values)} and {_describe(indices)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias), ("values", values), ("indices", indices)):
+    if original is not None and original.shape != indices.shape:
+        raise ValueError(
+            f"sparse_delta_linear: original must be {list(indices.shape)}, one per entry, got {_describe(original)}"
+        )
+    if original is not None and original.dtype != weight.dtype:
+        raise TypeError(
+            f"sparse_delta_linear: original must have weight's dtype, {weight.dtype}, got {_describe(original)}"
+        )
+    others = {"weight": weight, "bias": bias, "values": values, "indices": indices, "original": original}
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"sparse_delta_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
 
@@ -257,11 +275,13 @@ def sparse_delta_linear(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         if x.dtype in _FLOATING and x.dtype != torch.float64:
+            if weight.dtype != dtype:
+                original = None  # the cast makes a copy, which holds the delta and which nobody gathers anew
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return sparse_delta_linear(x, weight, bias, values, indices, original=original, observer=observer)
-    _check(x, weight, bias, values, indices)
+    _check(x, weight, bias, values, indices, original)
     if torch.compiler.is_compiling():
         apply = SparseDeltaLinearFunction.apply
     elif _transforms_active():
