@@ -10,10 +10,13 @@ from .backends import BackendUnavailable, backend_report, use_backend
 from .config import LoraConfig, SparseDeltaConfig
 from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
+from .lottery_ticket import lottery_ticket_positions, rewind
 from .reports import AccelerationReport, InjectionReport
+from .reselection import Reselector
 
 if TYPE_CHECKING:
     from .integrations.peft import accelerate, restore
+    from .integrations.transformers import SparseDeltaCallback
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "BackendUnavailable",
     "InjectionReport",
     "LoraConfig",
+    "Reselector",
+    "SparseDeltaCallback",
     "SparseDeltaConfig",
     "accelerate",
     "backend_report",
@@ -28,11 +33,13 @@ __all__ = [
     "inject",
     "keep_freed_memory",
     "load_adapter",
+    "lottery_ticket_positions",
     "merge",
     "nn",
     "ops",
     "optim",
     "restore",
+    "rewind",
     "save_adapter",
     "unmerge",
     "use_backend",
@@ -47,4 +54,8 @@ def __getattr__(name: str) -> Any:
         from .integrations import peft
 
         return getattr(peft, name)
+    if name == "SparseDeltaCallback":
+        from .integrations.transformers import SparseDeltaCallback
+
+        return SparseDeltaCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -88,8 +88,11 @@ def load_adapter(
         return None
     family = family_of_file(files.config)
     files = family.file_tensors(files)
-    config = family.config_type.from_dict(files.config)
     present = adapter_layers(model)
+    if present and family_of_layers(present.values()) is not family:  # type: ignore[arg-type]
+        found = family_of_layers(present.values()).name  # type: ignore[arg-type]
+        raise ValueError(f"the adapter in {files.directory} is of family {family.name}, the model's of {found}")
+    config = family.config_type.from_dict(files.config)
     if present:
         if any(layer.merged for layer in present.values()):
             raise ValueError("model has merged layers; unmerge it before loading an adapter into it")

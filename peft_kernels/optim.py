@@ -33,7 +33,7 @@ class SparseAdamW(torch.optim.Optimizer):
     """
 
     writes_deltas = True
-    """Layers need not write after a step of this optimizer."""
+    """Deltas are in their weight when a step is done."""
 
     def __init__(
         self,
@@ -95,6 +95,93 @@ class SparseAdamW(torch.optim.Optimizer):
             if group.get("weight_decay") and not group.get("decoupled_weight_decay", True):
                 raise ValueError("SparseAdamW decays weights apart from gradients, the loaded state was made otherwise")
         super().__setstate__(state)
+
+
+class SparseSM3(torch.optim.Optimizer):
+    """SM3 for the deltas of `SparseDeltaLinear` layers, written into the weight in the same pass.
+
+    An entry's second moment is the smaller of two maxima, of its row and of its column, so a layer's state is
+    `row_max [N]` and `column_max [K]` however many entries train, in values' dtype. They are also what
+    `Reselector(selection="sm3")` grows entries by. With `beta` above 0, `exp_avg [nnz]` holds the averaged step.
+
+        u = min(row_max[n], column_max[k]) + g^2,    step = g / (sqrt(u) + eps),    the maxima take u in
+
+    Args:
+        params: values of `SparseDeltaLinear` layers, or parameter groups of them.
+        lr: learning rate.
+        beta: share of the previous steps in the averaged one, in [0, 1); 0 averages nothing.
+        eps: added to the root of u.
+        weight_decay: decoupled; it decays the change, not the weight.
+
+    Raises:
+        ValueError: a number is out of range, or a parameter is not a layer's values.
+
+    Source: Anil et al., "Memory-Efficient Adaptive Optimization", NeurIPS 2019, SM3-II.
+    """
+
+    writes_deltas = True
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, beta: float = 0.0, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        _check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta must be in [0, 1), got {beta!r}")
+        super().__init__(params, {"lr": lr, "beta": beta, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every torch optimizer; refuses parameters that are not a layer's values."""
+        params = param_group["params"]
+        given = [params] if isinstance(params, Tensor) else list(params)
+        for number, entry in enumerate(given):
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(parameter, Tensor) and layer_of(parameter) is None:
+                raise ValueError(
+                    "params must be values of SparseDeltaLinear layers, whose rows and columns SM3 goes by; got a "
+                    f"parameter {list(parameter.shape)} as number {number} of group {len(self.param_groups)}"
+                )
+        super().add_param_group({**param_group, "params": given})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; returns what `closure` returns, which is called first, with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for values in group["params"]:
+                if values.grad is not None:
+                    self._update(values, group)
+        return loss
+
+    def _update(self, values: Tensor, group: dict[str, Any]) -> None:
+        layer = layer_of(values)
+        if layer is None:
+            raise RuntimeError(f"the layer of values {list(values.shape)} is gone; make a new SparseSM3 without them")
+        state = self.state[values]
+        if not state:
+            rows, columns = layer.weight.shape
+            state["row_max"], state["column_max"] = values.new_zeros(rows), values.new_zeros(columns)
+        if group["beta"] > 0.0 and "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(values)
+        target = (None, layer.indices, None)
+        if not layer.merged:
+            target = (layer.weight.detach(), layer.indices, layer.original)
+        kernel = backends.kernel("sparse_sm3_", values.device.type, values.dtype)
+        kernel(
+            values.detach(),
+            values.grad,
+            state["row_max"],
+            state["column_max"],
+            state.get("exp_avg"),
+            *target,
+            *(float(group[name]) for name in ("lr", "beta", "eps", "weight_decay")),
+        )
+        if layer.merged:
+            torch.autograd.graph.increment_version(values)
+        else:
+            layer.written()
 
 
 def _step(tensors: list[Tensor], target: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
