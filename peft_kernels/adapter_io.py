@@ -89,9 +89,8 @@ def load_adapter(
     family = family_of_file(files.config)
     files = family.file_tensors(files)
     present = adapter_layers(model)
-    if present and family_of_layers(present.values()) is not family:  # type: ignore[arg-type]
-        found = family_of_layers(present.values()).name  # type: ignore[arg-type]
-        raise ValueError(f"the adapter in {files.directory} is of family {family.name}, the model's of {found}")
+    if present and (found := family_of_layers(present.values())) is not family:
+        raise ValueError(f"the adapter in {files.directory} is of family {family.name}, the model's of {found.name}")
     config = family.config_type.from_dict(files.config)
     if present:
         if any(layer.merged for layer in present.values()):
@@ -130,14 +129,14 @@ def _adapter_of(model: nn.Module) -> tuple[Injection, Family, dict[str, AdapterL
         if "" in layers:
             name = type(layers[""]).__name__
             raise ValueError(f"model is itself a {name}; put it into a module, so that it has a path to be saved under")
-        family = family_of_layers(layers.values())  # type: ignore[arg-type]
+        family = family_of_layers(layers.values())
         paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
         return Injection(family.described(layers, paths), tuple(layers), (), frozenset()), family, layers
     for path in injection.layers:
         if path not in layers:
             kind = type(model.get_submodule(path)).__name__
             raise ValueError(f"{path} was adapted by inject and now is a {kind}; was it replaced?")
-    return injection, family_of_layers(layers.values()), {path: layers[path] for path in injection.layers}  # type: ignore[arg-type]
+    return injection, family_of_layers(layers.values()), {path: layers[path] for path in injection.layers}
 
 
 def _saved_modules(model: nn.Module, injection: Injection) -> dict[str, nn.Module]:

@@ -37,7 +37,7 @@ def family_of_file(values: dict[str, Any]) -> Family:
     raise ValueError(f"peft_type must be one of {known}, got {peft_type!r}")
 
 
-def family_of_layers(layers: Iterable[nn.Module]) -> Family:
+def family_of_layers(layers: Iterable[object]) -> Family:
     """The one family of a model's adapter layers; raises ValueError where they are of several."""
     found = {family.name: family for layer in layers for family in FAMILIES if isinstance(layer, family.layer_types)}
     if len(found) != 1:
