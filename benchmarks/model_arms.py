@@ -51,9 +51,16 @@ class ModelArm:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def resident_tensors(self) -> Iterator[Tensor]:
-        """Every tensor that stays alive between steps: parameters, buffers, optimizer state."""
+        """Every tensor that stays alive between steps: parameters, buffers, what modules keep beside them, optimizer
+        state."""
         yield from self.model.parameters()
         yield from self.model.buffers()
+        for module in self.model.modules():
+            for value in vars(module).values():
+                # PEFT keeps SHiRA's positions in a plain dict by adapter.
+                for item in value.values() if isinstance(value, dict) else (value,):
+                    if isinstance(item, Tensor):
+                        yield item
         if self.optimizer is not None:
             for state in self.optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))

@@ -40,6 +40,7 @@ def measure_here(directory: str, name: str, case: AnyModelCase) -> dict[str, int
         parameter.data = parameter.data.clone()  # the heap's own memory, not pages of the weight file
     batch = model_arms.batches(loaded.tokenizer, case, count=1)[0]
     arm = family_of(case).build(name, loaded.model, case)
+    del loaded  # an arm that has weights of its own must not pay for those it replaced
     for _ in range(_WARMUP_STEPS):
         arm.step(batch)
     before, resident = memory.peak_resident_bytes(lambda: arm.step(batch))

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .nn.sparse_delta import layer_of
+from .nn.merged import layer_of
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW`, a kernel per parameter; deltas of a `SparseDeltaLinear` are written into its weight as well.
+    """`torch.optim.AdamW`, a kernel per parameter; sparse deltas are written into their weight as well.
+
+    Those are the values of a `SparseDeltaLinear` or a `RoSALinear`, and of PEFT's SHiRA layers after `accelerate`.
 
     Takes any parameters: those that are not deltas get the same step without the write-back. State and its names are
     torch's (`step`, `exp_avg`, `exp_avg_sq`), so a state_dict of either loads into the other; a state_dict with the

@@ -18,6 +18,9 @@ from .reports import LayerReport
 STATE = "_peft_kernels_injection"
 """Name of the model's attribute that holds its `Injection`."""
 
+_PEFT_PARAMETERS = frozenset(("lora_A", "shira_weight", "supertuning_values"))
+"""By which PEFT's layers of each method are known."""
+
 
 @dataclass
 class Injection:
@@ -70,9 +73,11 @@ def paths_of(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
 
 
 def first_peft_layer(model: nn.Module) -> str | None:
-    """The path of a LoRA layer of PEFT's, found without importing PEFT; None when there is none."""
-    tree = model.named_modules()
-    return next((path for path, module in tree if {"base_layer", "lora_A"} <= module._modules.keys()), None)
+    """The path of a LoRA, SHiRA or Super-Tuning layer of PEFT's, found without importing PEFT; None without any."""
+    for path, module in model.named_modules():
+        if "base_layer" in module._modules and not _PEFT_PARAMETERS.isdisjoint(module._modules):
+            return path
+    return None
 
 
 def injection_of(model: nn.Module) -> Injection | None:

@@ -16,6 +16,7 @@ from ..config import SparseDeltaConfig
 from ..nn.linear import has_hooks, replaced_call, takeover_obstacle
 from ..nn.quantized import quantized_kind
 from ..nn.quantized_sparse_delta import QuantizedSparseDeltaLinear
+from ..nn.rosa import RoSALinear
 from ..nn.sparse_delta import SparseDeltaLinear, delta_obstacle
 from .base import Family
 
@@ -85,6 +86,8 @@ class _SparseDelta(Family):
         return (layer.values,)
 
     def tensors(self, path: str, layer: DeltaLayer) -> dict[str, Tensor]:
+        if isinstance(layer, RoSALinear):
+            raise ValueError(f"{path} is a RoSALinear, for which there is no adapter file; save its state_dict")
         return {f"{path}.{_VALUES}": layer.values, f"{path}.{_INDICES}": layer.indices}
 
     def described(self, layers: Mapping[str, DeltaLayer], every_path: Collection[str]) -> SparseDeltaConfig:

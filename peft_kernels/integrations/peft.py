@@ -1,5 +1,7 @@
 """`accelerate`: the layers of a PEFT model computed by our kernels, in place, one instance at a time.
 
+LoRA's layers are here, those of SHiRA and Super-Tuning in `peft_sparse.py`.
+
 PEFT's `lora.Linear` computes `base_layer(x) + lora_B(lora_A(dropout(x))) * scaling` as separate operations. An
 accelerated instance has its `__class__` set to `AcceleratedLinear`, a subclass that computes the same in one fused
 operator whenever nothing forbids it, and calls PEFT's own forward otherwise. Modules, parameters and their names stay
@@ -9,6 +11,7 @@ PEFT's, so that saving, merging, switching and disabling adapters, copying and p
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +28,9 @@ from ..nn.linear import replaced_call, type_name, weight_obstacle
 from ..nn.lora import LoRALinear
 from ..reference import lora as reference
 from ..reports import AccelerationReport, LayerReport
+from . import peft_sparse, peft_sparse_delta
+from .peft_layers import PeftIncompatible, has_hooks, input_obstacle
+from .tied import tied_weights
 
 _RELIED_ON = (
     "base_layer",
@@ -40,10 +46,6 @@ _RELIED_ON = (
     "merged",
 )
 """Attributes of PEFT's `lora.Linear` that decide what it computes."""
-
-
-class PeftIncompatible(RuntimeError):
-    """The installed PEFT is not built the way `accelerate` relies on; the message names what differs."""
 
 
 class AcceleratedLinear(Linear):  # type: ignore[misc]
@@ -86,12 +88,6 @@ def _parts(layer: Any, name: str) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.M
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def structural_obstacle(layer: Any) -> str | None:
     """Why this layer can never run fused as it is built; None when it can."""
     if isinstance(layer, LoRALinear):
@@ -128,7 +124,7 @@ def present_obstacle(layer: Any) -> str | None:
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"its dropout is a {type_name(dropout)}"
     for part in parts:
-        if _has_hooks(part):
+        if has_hooks(part):
             return "a module inside it has hooks, which a fused call would skip"
         reason = replaced_call(part)
         if reason is not None:
@@ -139,15 +135,6 @@ def present_obstacle(layer: Any) -> str | None:
         reason = weight_obstacle(part)
         if reason is not None:
             return reason
-    return None
-
-
-def input_obstacle(x: Tensor, weight: Tensor, factor: Tensor) -> str | None:
-    """Why the operator would not take `x`; PEFT's forward then does, or raises what it has always raised."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return "its input is not of the weight's dtype"
-    if (factor.dtype == torch.float64) != (x.dtype == torch.float64):
-        return "float64 is mixed with another dtype"
     return None
 
 
@@ -183,17 +170,28 @@ def _check_attributes(layer: Any) -> None:
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Makes the LoRA layers of a PEFT model run fused, in place; `restore` undoes it.
+    """Makes the LoRA, SHiRA and Super-Tuning layers of a PEFT model run fused, in place; `restore` undoes it.
 
     Nothing is copied, renamed or patched outside the model. A layer runs fused while exactly one of its adapters is
-    active, enabled, unmerged and plain LoRA over a plain `nn.Linear`; in every other state, and when called with more
-    than its input (`adapter_names`), it runs PEFT's own forward. Dropout keeps PEFT's place and probability and
-    follows the dropout module's training flag; its masks are other ones than `torch.nn.Dropout` would draw. Factors in
-    float32 over a bfloat16 or float16 base are used as they are, without casting activations to float32.
+    active, enabled and unmerged over a plain `nn.Linear`, and is plain LoRA, SHiRA, Super-Tuning or Supra; in every
+    other state, and when called with more than its input (`adapter_names`), it runs PEFT's own forward. Dropout keeps
+    PEFT's place and probability and follows the dropout module's training flag; its masks are other ones than
+    `torch.nn.Dropout` would draw. Factors in float32 over a bfloat16 or float16 base are used as they are, without
+    casting activations to float32.
+
+    SHiRA and Super-Tuning: while such a layer is in use its base weight holds `original + values`, rounded once to the
+    weight's dtype (at least as accurate as PEFT, which rounds Super-Tuning's values before the sum as well). It is
+    written again after values have changed or got a gradient, and has its original bits for `layer.base_layer`, all of
+    PEFT's methods, state_dict, copies and pickles, and after `restore`. Do not change it by hand through a reference
+    taken earlier, and copy a state_dict that is to outlive the next call: its tensors are the layer's own. A weight
+    that any other module of `model` shares is left alone. Adapters may be switched, disabled and enabled between
+    forward and backward, but not merged; in a compiled model not even that (autograd raises). `optim.SparseAdamW`
+    writes SHiRA's values back in the step that changes them.
 
     Args:
         model: a `PeftModel`, or any module that holds PEFT layers. Calling it again is harmless and reports anew;
-            call it again after adding an adapter, which may have brought new layers.
+            call it again after adding an adapter, which may have brought new layers, and after anything that has put
+            other tensors in the place of base weights.
 
     Returns:
         Every adapter layer: fused, or left alone with the reason.
@@ -205,8 +203,14 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     _check_peft()
     rows: list[LayerReport] = []
     fusible: list[Any] = []
+    sparse: list[tuple[str, Any]] = []
     for path, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | LoRALinear):
+            continue
+        theirs = peft_sparse.peft_class(module)
+        if theirs is not None:
+            sparse.append((path, module))
+            rows.append(LayerReport(path, type_name(module, theirs)))
             continue
         kind = type_name(module, Linear if type(module) is AcceleratedLinear else None)
         reason = structural_obstacle(module)
@@ -218,12 +222,37 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         raise ValueError("model has no PEFT layers; use inject(model, LoraConfig(...)) to add an adapter")
     for layer in fusible:
         layer.__class__ = AcceleratedLinear
+    if sparse:
+        reasons = _accelerate_sparse(model, sparse)
+        rows = [replace(row, reason=reasons.get(row.path, row.reason)) for row in rows]
     return AccelerationReport(tuple(rows))
 
 
+def _accelerate_sparse(model: nn.Module, layers: list[tuple[str, Any]]) -> dict[str, str | None]:
+    """Gives SHiRA and Super-Tuning layers our classes where that can be; by path, why they do not run fused now."""
+    peft_sparse.check_peft()
+    tied = tied_weights(model)
+    reasons: dict[str, str | None] = {}
+    for path, layer in layers:
+        reason = peft_sparse_delta.structural_obstacle(layer)
+        if reason is None and (others := tied(f"{path}.base_layer.weight")):
+            reason = f"its base weight is tied to {', '.join(others)}"
+        if reason is None:
+            peft_sparse.start(layer)
+            found = peft_sparse_delta.present_delta(layer)
+            reason = found if isinstance(found, str) else None
+        else:
+            peft_sparse.stop(layer)
+        reasons[path] = reason
+    return reasons
+
+
 def restore(model: nn.Module) -> int:
-    """Gives every accelerated layer PEFT's own class back; returns how many there were."""
+    """Gives every accelerated layer PEFT's own class back, and its weight the original bits; returns how many."""
     layers: list[Any] = [module for module in model.modules() if type(module) is AcceleratedLinear]
     for layer in layers:
         layer.__class__ = Linear
-    return len(layers)
+    sparse = [module for module in model.modules() if isinstance(module, peft_sparse.SparseLayer)]
+    for layer in sparse:
+        peft_sparse.stop(layer)
+    return len(layers) + len(sparse)

@@ -2,6 +2,7 @@
 
 from .lora import LoRALinear
 from .quantized_sparse_delta import QuantizedSparseDeltaLinear
+from .rosa import RoSALinear
 from .sparse_delta import SparseDeltaLinear
 
-__all__ = ["LoRALinear", "QuantizedSparseDeltaLinear", "SparseDeltaLinear"]
+__all__ = ["LoRALinear", "QuantizedSparseDeltaLinear", "RoSALinear", "SparseDeltaLinear"]

@@ -67,6 +67,24 @@ class LoRAOptions:
             )
         return self.adapter_dtype
 
+    @torch.no_grad()
+    def draw(self, lora_a: Tensor, lora_b: Tensor, generator: torch.Generator | None) -> None:
+        """Fills factors with their initial values, drawn on the CPU in float32; on the meta device it does nothing."""
+        if lora_a.is_meta:
+            return
+        drawn_a = torch.empty(lora_a.shape, dtype=torch.float32, device="cpu")
+        drawn_b = torch.zeros(lora_b.shape, dtype=torch.float32, device="cpu")
+        if self.init_lora_weights == "gaussian":
+            drawn_a.normal_(0.0, 1.0 / self.r, generator=generator)
+        else:  # nn.Linear's own: Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
+            bound = 1.0 / math.sqrt(max(lora_a.shape[1], 1))
+            drawn_a.uniform_(-bound, bound, generator=generator)
+        if self.init_lora_weights is False:
+            bound = 1.0 / math.sqrt(self.r)
+            drawn_b.uniform_(-bound, bound, generator=generator)
+        lora_a.copy_(drawn_a)
+        lora_b.copy_(drawn_b)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -200,27 +218,13 @@ class LoRALinear(nn.Linear):
         if "lora_a" in self._parameters:
             self.reset_lora_parameters()
 
-    @torch.no_grad()
     def reset_lora_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the factors anew, on the CPU in float32, so that one seed gives one adapter on every device.
 
         Args:
             generator: CPU generator; None means torch's default CPU generator.
         """
-        if self.lora_a.is_meta:
-            return
-        lora_a = torch.empty(self.lora_a.shape, dtype=torch.float32, device="cpu")
-        lora_b = torch.zeros(self.lora_b.shape, dtype=torch.float32, device="cpu")
-        if self.options.init_lora_weights == "gaussian":
-            lora_a.normal_(0.0, 1.0 / self.r, generator=generator)
-        else:  # nn.Linear's own: Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
-            bound = 1.0 / math.sqrt(max(self.in_features, 1))
-            lora_a.uniform_(-bound, bound, generator=generator)
-        if self.options.init_lora_weights is False:
-            bound = 1.0 / math.sqrt(self.r)
-            lora_b.uniform_(-bound, bound, generator=generator)
-        self.lora_a.copy_(lora_a)
-        self.lora_b.copy_(lora_b)
+        self.options.draw(self.lora_a, self.lora_b, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` to `[..., N]`; see `ops.lora_linear` for dtypes, errors and what is saved for backward."""

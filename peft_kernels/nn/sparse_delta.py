@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..ops.sparse_delta import Observer
 from .linear import FLOATING, take_over, takeover_obstacle
-from .merged import Stamp, count_change, entries_of, is_sharded, write_delta
+from .merged import Stamp, adopt, count_change, entries_of, is_sharded, release, write_delta
 from .positions import index_dtype, largest_positions, number_of, random_positions
 
 SELECTIONS = ("random", "magnitude")
 _ADAPTER_STATE = ("values", "indices", "original", "merged", "selection", "gradient_observer", "_stamp", "_filled")
-
-# The layer behind each trainable `values`, for the optimizer that writes them back.
-_layers: Any = WeakIdKeyDictionary()
-
-
-def layer_of(values: Tensor) -> SparseDeltaLinear | None:
-    """The layer whose deltas these are; None for any other parameter."""
-    found = _layers.get(values)
-    return None if found is None else found()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Tells torch that an optimizer has changed its deltas: fused ones (`fused=True`, most in CUDA) leave that out, and
-    a layer would take what it has written for the present values."""
-    if not _layers or getattr(optimizer, "writes_deltas", False):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter in _layers:
-                count_change(parameter)
-
-
-register_optimizer_step_post_hook(_after_step)
 
 
 def values_dtype_over(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
@@ -72,8 +46,9 @@ class SparseDeltaLinear(nn.Linear):
     loads too (`strict=False`), with `original` read from its weight.
 
     The weight belongs to the layer while it lives: share it with no other module (`inject` sees to that), and call
-    `read_original` after changing it by hand. A change of values is seen by torch's own count of changes; what is done
-    in place to `values.data` torch does not count: call `restore_weight` after it, so that the next forward writes.
+    `read_original` after changing it by hand. A change of values is seen by torch's own count of changes, and after a
+    backward pass they are written anew in any case; only a change in place of `values.data` without one goes unseen:
+    call `restore_weight` after it.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -165,7 +140,7 @@ class SparseDeltaLinear(nn.Linear):
         """`from_linear` without the freezing: `linear` and its parameters are left exactly as they are."""
         reason = takeover_obstacle(linear) or delta_obstacle(linear)
         if reason is not None:
-            raise TypeError(f"SparseDeltaLinear cannot replace this layer: {reason}")
+            raise TypeError(f"{cls.__name__} cannot replace this layer: {reason}")
         _check_selection(selection)
         values_dtype_over(linear.weight, adapter_dtype)
         if indices is None:
@@ -200,12 +175,12 @@ class SparseDeltaLinear(nn.Linear):
         """Makes the present weight and values the layer's own."""
         self._stamp = Stamp(self.weight)
         if not is_sharded(self.values):
-            _layers[self.values] = weakref.ref(self)
+            adopt(self.values, self)
 
     def _disown(self) -> None:
         """Lets go of them, until `_adopt`: torch does not swap a tensor that something refers to weakly."""
         self.__dict__.pop("_stamp", None)
-        _layers.pop(self.values, None)
+        release(self.values)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -228,26 +203,39 @@ class SparseDeltaLinear(nn.Linear):
         weight = self.weight
         if self.merged:
             return F.linear(x, weight, self.bias)
-        if not self._filled and not weight.is_meta:
-            raise RuntimeError(
-                "SparseDeltaLinear was made on the meta device and is not filled yet; load a state_dict into it, or "
-                "call reset_parameters"
-            )
-        original = None
-        if torch.compiler.is_compiling():  # torch's counts are not known to a traced function: it writes every time
-            write_delta(weight, self.indices, self._original_over(weight), self.values)
-        else:
-            self.write()
-            original = None if self._stamp.owns(weight) else self._original_over(weight)
-        return ops.sparse_delta_linear(
+        original = self._write_before_use()
+        y = ops.sparse_delta_linear(
             x, weight, self.bias, self.values, self.indices, original=original, observer=self.gradient_observer
         )
+        self._doubt_after_backward(y)
+        return y
+
+    def _doubt_after_backward(self, y: Tensor) -> None:
+        """Has the next forward after y's backward write values again, however they are changed in between."""
+        if not torch.compiler.is_compiling() and y.requires_grad and self.values.requires_grad:
+            stamp = self._stamp
+            y.register_hook(lambda grad: stamp.doubt())
+
+    def _write_before_use(self) -> Tensor | None:
+        """Has weight hold the delta; returns `original` where weight may be gathered anew before backward."""
+        if not self._filled and not self.weight.is_meta:
+            raise RuntimeError(
+                f"{type(self).__name__} was made on the meta device and is not filled yet; load a state_dict into it, "
+                "or call reset_parameters"
+            )
+        if torch.compiler.is_compiling():  # torch's counts are not known to a traced function: it writes every time
+            write_delta(self.weight, self.indices, self._original_over(self.weight), self.values)
+            return None
+        self.write()
+        return None if self._stamp.owns(self.weight) else self._original_over(self.weight)
 
     def write(self) -> None:
         """Writes the delta into weight if it is not there yet; forward does so by itself."""
         if self._stamp.holds(self.weight, self.values):
             return
-        write_delta(self.weight, self.indices, self._original_over(self.weight), self.values)
+        # What torch counts no change of, another backward pass that is still to come does not have to know either.
+        counted = not self._stamp.counts_agree(self.weight, self.values)
+        write_delta(self.weight, self.indices, self._original_over(self.weight), self.values, counted)
         self._stamp.set(self.weight, self.values)
 
     def _original_over(self, weight: Tensor) -> Tensor:
@@ -299,7 +287,7 @@ class SparseDeltaLinear(nn.Linear):
     def merge(self) -> None:
         """Computes as a plain linear layer with the delta in its weight from now on; a second call warns."""
         if self.merged:
-            warnings.warn("SparseDeltaLinear is merged already; nothing to do", stacklevel=2)
+            warnings.warn(f"{type(self).__name__} is merged already; nothing to do", stacklevel=2)
             return
         self.write()
         self.merged = True
@@ -308,7 +296,7 @@ class SparseDeltaLinear(nn.Linear):
         """Undoes `merge` and takes the delta out of weight, to the bit; it is an adapter again, which the next forward
         writes. Warns and does nothing when the layer is not merged."""
         if not self.merged:
-            warnings.warn("SparseDeltaLinear is not merged; nothing to do", stacklevel=2)
+            warnings.warn(f"{type(self).__name__} is not merged; nothing to do", stacklevel=2)
             return
         self.merged = False
         self.restore_weight()

@@ -2,6 +2,7 @@
 
 from .lora import lora_linear, lora_merged_weight
 from .sparse_delta import check_indices, quantized_sparse_delta_linear, sparse_delta_linear
+from .sparse_delta_parts import attach_delta, reordered
 from .sparse_selection import (
     gradient_topk,
     outer_product_topk,
@@ -13,12 +14,14 @@ from .sparse_selection import (
 )
 
 __all__ = [
+    "attach_delta",
     "check_indices",
     "gradient_topk",
     "lora_linear",
     "lora_merged_weight",
     "outer_product_topk",
     "quantized_sparse_delta_linear",
+    "reordered",
     "sorted_contains",
     "sorted_difference",
     "sorted_intersection",

@@ -145,7 +145,7 @@ def test_a_delta_is_written_when_it_has_changed_and_only_then(writes):
     layer, _ = random_module()
     x = torch.randn(3, 24)
     for _ in range(3):
-        layer(x).sum().backward()
+        layer(x)
     with torch.no_grad():
         layer(x)
     with torch.inference_mode():
@@ -155,6 +155,18 @@ def test_a_delta_is_written_when_it_has_changed_and_only_then(writes):
     layer(x)
     layer(x)
     assert writes == [37, 37]
+
+
+def test_after_a_backward_pass_it_is_written_anew(writes):
+    layer, _ = random_module()
+    x = torch.randn(3, 24)
+    for _ in range(3):
+        layer(x).sum().backward()
+        layer.values.data.add_(1.0)  # what torch does not count
+    y = layer(x)
+    assert writes == [37] * 4
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert_same_bits(y.detach(), expected.detach())
 
 
 def test_a_new_layer_has_nothing_to_write(writes):
