@@ -9,6 +9,7 @@
 //
 // Threads share the entries, or the rows of the product. The way, blocks and chunks follow from the shape, and a sum
 // from its two columns alone, so that the bits are the same for any number of threads.
+#include "../common/sampled_checks.h"
 #include "capability.h"
 #include "lora_checks.h"
 #include "lora_products.h"
@@ -32,24 +33,6 @@ constexpr int64_t kUnitColumns = 32;     // columns of x that are transposed, or
 constexpr int64_t kGradOutColumns = 64;  // columns of grad_out transposed at a time
 constexpr int64_t kUnitEntries = 64;
 constexpr int64_t kTileRate = 16;  // multiply-adds of a tile in the time of one of a vector
-
-void check_arguments(const char* op, const Tensor& grad_out, const Tensor& x, const Tensor& indices) {
-  check_matrix(op, "x", x, grad_out);
-  check_dtype(op, "x", x, grad_out);
-  const int64_t rows = grad_out.size(0), entries = grad_out.size(1) * x.size(1);
-  STD_TORCH_CHECK(x.size(0) == rows, op, ": x must be [", rows, ", K], got ", described(x));
-  STD_TORCH_CHECK(indices.dim() == 1, op, ": indices must be 1-D, got ", described(indices));
-  STD_TORCH_CHECK(
-      indices.scalar_type() == ScalarType::Int || indices.scalar_type() == ScalarType::Long, op,
-      ": indices must be int32 or int64, got ", described(indices));
-  check_device(op, "indices", indices, grad_out);
-  STD_TORCH_CHECK(
-      indices.is_contiguous(), op, ": indices must be contiguous, got ", described(indices), " with stride ",
-      indices.stride(0));
-  STD_TORCH_CHECK(
-      indices.size(0) <= entries, op, ": indices must be at most N K = ", entries, " positions, got ",
-      described(indices));
-}
 
 // The kernels that go with those of the LoRA operators. bfloat16 dot products are an extension of AVX-512 of their own,
 // which matrix tiles imply; PEFT_KERNELS_CPU_CAPABILITY=avx512 leaves them out.
@@ -265,7 +248,7 @@ void cast_from(const Tensor& out, const void* sums) {
 Tensor sampled_product(Tensor grad_out, Tensor x, Tensor indices, ScalarType dtype) {
   constexpr const char* op = "sampled_product";
   const DType activations = activation_dtype(op, "grad_out", grad_out);
-  check_arguments(op, grad_out, x, indices);
+  check_sampled(op, grad_out, x, indices);
   check_grad_dtype(op, dtype, true);
   const int64_t entries = indices.size(0), sum_bytes = accumulation_bytes(activations);
   Tensor out = new_tensor(x, {entries}, dtype);

@@ -19,6 +19,17 @@ inline DType dtype_of(ScalarType dtype) {
   return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::BFloat16 ? DType::bfloat16 : DType::float16;
 }
 
+__device__ __forceinline__ float load_float(const void* data, int64_t index, DType dtype) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return static_cast<float>(static_cast<const BFloat16*>(data)[index]);
+    case DType::float16:
+      return static_cast<float>(static_cast<const Half*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
+  }
+}
+
 __device__ __forceinline__ void store_float(void* data, int64_t index, DType dtype, float value) {
   if (dtype == DType::float32) {
     static_cast<float*>(data)[index] = value;

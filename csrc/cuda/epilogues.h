@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtypes.h"
+#include "indices.h"
 #include "main_loop.h"
 
 namespace peft_kernels {
@@ -72,27 +73,42 @@ __device__ __forceinline__ void store_dense(
   }
 }
 
-// A result that is wanted in few places only, in the order of the blocks they lie in.
+// A result [rows, columns] that is wanted at sorted flat positions only.
 struct EntriesView {
-  const int64_t* block_begin;  // [blocks + 1]: a block's entries are block_begin[b] to block_begin[b + 1]
-  const uint16_t* places;      // [entries]: row * kN + column within the block
-  float* values;               // [entries]
+  IndicesView indices;  // row * columns + column
+  int64_t columns;
+  void* values;  // [entries]
+  DType dtype;
 };
 
-// values = scale sums at the block's entries; the sums themselves never reach global memory.
+// The entries of a row that lie in the columns of one block.
+struct RowEntries {
+  int64_t first;
+  int32_t count;
+};
+
+// values = sums at the entries of the block at (row, column), rows[i] those of its row i; the sums themselves never
+// reach global memory. Eight lanes take a row: at a density of some percent it has about as many.
 template <typename Shape>
 __device__ __forceinline__ void store_entries(
-    const EntriesView& out, int64_t block, float scale, int thread, unsigned char* shared, Sums<Shape>& sums) {
+    const EntriesView& out, const RowEntries (&rows)[Shape::kM], int64_t first_row, int64_t first_column, int thread,
+    unsigned char* shared, Sums<Shape>& sums) {
+  constexpr int kLanesPerRow = 8;
   using Staged = Tile<float, Along::depth, Shape::kM, Shape::kN>;
-  static_assert(Shape::kM * Shape::kN <= 1 << 16, "places have 16 bits");
   auto* staged = reinterpret_cast<float*>(shared);
   sums.for_each_pair(thread, [&](int row, int column, float first, float second) {
     *reinterpret_cast<float2*>(staged + Staged::offset(row, column)) = make_float2(first, second);
   });
   __syncthreads();
-  for (int64_t entry = out.block_begin[block] + thread; entry < out.block_begin[block + 1]; entry += Shape::kThreads) {
-    const int place = out.places[entry];
-    out.values[entry] = staged[Staged::offset(place / Shape::kN, place % Shape::kN)] * scale;
+#pragma unroll 1
+  for (int row = thread / kLanesPerRow; row < Shape::kM; row += Shape::kThreads / kLanesPerRow) {
+    const RowEntries entries = rows[row];
+    const int64_t origin = (first_row + row) * out.columns + first_column;  // position of the row's first result here
+    for (int i = thread % kLanesPerRow; i < entries.count; i += kLanesPerRow) {
+      const int64_t entry = entries.first + i;
+      const auto column = static_cast<int>(out.indices[entry] - origin);
+      store_float(out.values, entry, out.dtype, staged[Staged::offset(row, column)]);
+    }
   }
 }
 

