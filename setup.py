@@ -47,6 +47,7 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {"baseline": (), "avx2": AVX2, "avx51
 # square roots that leave errno alone, which vectors need.
 _SPARSE = ("-ffp-contract=off", "-fno-math-errno")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "delta_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
     "lora_kernels": CAPABILITIES,
     "sampled_kernels": {**CAPABILITIES, "avx512bf16": (*AVX512, "-mavx512bf16")},
     "sparse_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
@@ -196,6 +197,7 @@ def parallel_jobs() -> int:
 
 def cpu_library(torch_dir: Path) -> SharedLibrary:
     operators = (
+        "deltas.cpp",
         "lora.cpp",
         "lora_products.cpp",
         "outer_product_topk.cpp",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
-import traceback
-from multiprocessing.connection import Connection
 
 import torch
 
 from peft_kernels.training.models import LoadedModel, load_model
 
 from . import memory, model_arms
+from .apart import run_apart
 from .arm_families import family_of
 from .cases import Record, failure
 from .suites import ModelCase, SparseModelCase
@@ -54,33 +52,6 @@ def measure_here(directory: str, name: str, case: AnyModelCase) -> dict[str, int
     }
 
 
-def _child(connection: Connection, directory: str, name: str, case: AnyModelCase, threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        connection.send(measure_here(directory, name, case))
-    except Exception:
-        connection.send(traceback.format_exc())
-
-
-def _measure_apart(directory: str, name: str, case: AnyModelCase) -> dict[str, int]:
-    """`measure_here` in a fresh process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, directory, name, case, torch.get_num_threads()))
-    process.start()
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process that measured {name!r} ended with exit code {process.exitcode}") from None
-    process.join()
-    if isinstance(result, str):
-        raise RuntimeError(f"measuring the memory of {name!r} failed:\n{result}")
-    return result
-
-
 def add_to(records: dict[str, Record], case: AnyModelCase, source: LoadedModel) -> None:
     """Adds `memory` to the record of every arm that was timed, with what it adds above the frozen model's peak.
 
@@ -92,7 +63,7 @@ def add_to(records: dict[str, Record], case: AnyModelCase, source: LoadedModel) 
         for name, record in records.items():
             if record["status"] == "measured":
                 try:
-                    record["memory"] = _measure_apart(directory, name, case)
+                    record["memory"] = run_apart(measure_here, directory, name, case, preload=_PRELOADED)
                 except Exception as error:
                     record["memory"] = failure(error)
     taken = {name: record["memory"] for name, record in records.items() if "tensor_bytes" in record.get("memory", {})}

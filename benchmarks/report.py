@@ -49,6 +49,7 @@ _KINDS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "sparse-model-time": ("sparse_delta_model", tables.model_time),
     "sparse-model-memory": ("sparse_delta_model", tables.model_memory),
     "call-overhead": ("call_overhead", tables.call_overhead),
+    "delta-algebra": ("delta_algebra", tables.delta_algebra),
 }
 TABLES = {
     f"{kind}-{suite}": Table(suite, section, render)

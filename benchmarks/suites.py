@@ -74,6 +74,26 @@ class CallCase:
 
 
 @dataclass(frozen=True)
+class DeltaCase:
+    """Two deltas of one model merged by a method of `peft_kernels.deltas`, from files to a file.
+
+    Attributes:
+        model: whose tensors: "smollm2-135m" or "tiny".
+        method: "dare", "ties", "breadcrumbs" or "pcb".
+        density: fraction of elements that the deltas change.
+        dtype: of their values.
+    """
+
+    model: str
+    method: str
+    density: float
+    dtype: torch.dtype
+
+
+DELTA_METHODS = ("dare", "ties", "breadcrumbs", "pcb")
+
+
+@dataclass(frozen=True)
 class Suite:
     """A named set of cases for one device type, with a plan per benchmark.
 
@@ -95,6 +115,8 @@ class Suite:
     model_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     backends: tuple[str, ...] = ()
     memory_of_model: bool = False
+    deltas: tuple[DeltaCase, ...] = ()
+    delta_plan: Plan = Plan()  # noqa: RUF009
 
 
 def _sparse(M: int, K: int, N: int, operations: dict[str, tuple[float, ...]]) -> tuple[SparseCase, ...]:
@@ -130,6 +152,8 @@ def _cpu() -> Suite:
         ),
         model_plan=Plan(warmup=2, min_rounds=11, max_rounds=15, seconds=120.0),
         memory_of_model=True,
+        deltas=tuple(DeltaCase("smollm2-135m", name, d, FP32) for d in (1.0, 0.05) for name in DELTA_METHODS),
+        delta_plan=Plan(warmup=1, min_rounds=3, max_rounds=5, seconds=60.0),
     )
 
 
@@ -165,6 +189,8 @@ def _smoke() -> Suite:
         model_plan=quick,
         backends=("reference", "triton"),
         memory_of_model=True,
+        deltas=tuple(DeltaCase("tiny", name, d, FP32) for d in (1.0, 0.05) for name in DELTA_METHODS),
+        delta_plan=quick,
     )
 
 

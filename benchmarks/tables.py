@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import lora, model, model_arms, peers, sparse_delta
+from . import delta_arms, lora, model, model_arms, peers, sparse_delta
 from .results import Section
 
 NOT_MEASURED = "not measured"
@@ -194,6 +194,42 @@ def call_overhead(section: Section) -> str:
         ours = _cell(record, peers.OURS, lambda arm: _ratio(arm, peers.PEFT))
         rows.append([*_call_label(record["case"]), *times, ours])
     return markdown(header, [*rows, *_unreached(section, _call_label, len(header) - 2)])
+
+
+def _delta_label(case: dict[str, Any]) -> Row:
+    return [f"{case['method']}, two deltas of {case['model']}", case["dtype"], f"{case['density']:.0%}"]
+
+
+def delta_algebra(section: Section) -> str:
+    """Two deltas merged, from files to a file: seconds and MB at the peak, relative to the dense way with sorts."""
+    ours, dense = delta_arms.OURS, delta_arms.DENSE
+    header = [
+        *("method", "dtype", "density", f"{dense}, s", f"{ours}, s", "times faster"),
+        *(f"{dense}, peak MB", f"{ours}, peak MB", "share of the peak"),
+    ]
+
+    def peak(arm: dict[str, Any]) -> str:
+        return _megabytes(arm.get("memory", {}).get("resident_bytes"))
+
+    def share(arm: dict[str, Any]) -> str:
+        part = arm.get("memory", {}).get("share_of_dense")
+        return NOT_MEASURED if part is None else f"{part:.3f}"
+
+    def faster(arm: dict[str, Any]) -> str:
+        ratio = arm.get("relative_to", {}).get(dense)
+        return NOT_MEASURED if ratio is None else f"{1.0 / ratio['median_of_ratios']:.1f}"
+
+    rows = [
+        [
+            *_delta_label(record["case"]),
+            *[_cell(record, name, lambda arm: f"{arm['median_s']:.2f}") for name in (dense, ours)],
+            _cell(record, ours, faster),
+            *[_cell(record, name, peak) for name in (dense, ours)],
+            _cell(record, ours, share),
+        ]
+        for record in section["train_info"]["cases"]
+    ]
+    return markdown(header, [*rows, *_unreached(section, _delta_label, len(header) - 3)])
 
 
 def remarks(section: Section) -> list[str]:

@@ -64,4 +64,36 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def("sorted_merge(Tensor first, Tensor second) -> (Tensor merged, Tensor source)");
   // Which of indices [n] occur in other: bool [n].
   m.def("sorted_contains(Tensor indices, Tensor other) -> Tensor");
+
+  // The delta algebra. A delta in one tensor of `numel` elements: values [nnz] at sorted, unique, flat indices [nnz];
+  // without indices (shape [0]) at every position. Keys are bit patterns of magnitudes, of float64 where wide.
+  // counts [2^bits] += how many keys with these upper bits fall into each bin.
+  m.def("delta_count_keys_(Tensor(a!) counts, Tensor values, bool wide, int shift, int bits, int prefix) -> ()");
+  // Which values lie behind the top that ends at the first cut and within that of the last one -> bool [nnz].
+  m.def(
+      "delta_magnitude_mask(Tensor values, bool wide, int first_key, int first_ties, int last_key, int last_ties) "
+      "-> Tensor");
+  // Which values have ranks [first, last) by magnitude (times factors [columns]) in their row -> bool [nnz].
+  m.def(
+      "delta_row_mask(Tensor indices, Tensor values, Tensor? factors, int columns, bool wide, int first, int last) "
+      "-> Tensor");
+  // The dropout mask of [rows, columns] at the entries -> bool [nnz].
+  m.def("delta_random_mask(Tensor indices, Tensor values, int columns, float dropout_p, Tensor rng_state) -> Tensor");
+  // Indices, and values times factor, where mask [nnz] holds.
+  m.def("delta_compact(Tensor indices, Tensor values, Tensor mask, float factor) -> (Tensor, Tensor)");
+  // Merged indices and values of several deltas: weighted sum; trimmed, elected and averaged (TIES).
+  m.def(
+      "delta_sum(Tensor[] indices, Tensor[] values, float[] weights, int numel, ScalarType dtype) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "delta_ties(Tensor[] indices, Tensor[] values, float[] weights, int numel, ScalarType dtype) "
+      "-> (Tensor, Tensor)");
+  // Parameter competition balancing: counts [deltas, 2^bits] of scores and the largest [deltas]; the merge by scores.
+  // competition [deltas, 5] float64: lowest and highest magnitude, threshold and largest of the scores, weight.
+  m.def(
+      "delta_count_scores_(Tensor(a!) counts, Tensor(b!) largest, Tensor[] indices, Tensor[] values, "
+      "Tensor competition, int numel, int shift, int bits, int[] prefixes) -> ()");
+  m.def(
+      "delta_compete(Tensor[] indices, Tensor[] values, Tensor competition, int numel, ScalarType dtype) "
+      "-> (Tensor, Tensor)");
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import nn, ops, optim
+from . import deltas, nn, ops, optim
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
 from .config import LoraConfig, SparseDeltaConfig
@@ -29,6 +29,7 @@ __all__ = [
     "SparseDeltaConfig",
     "accelerate",
     "backend_report",
+    "deltas",
     "eject",
     "inject",
     "keep_freed_memory",

@@ -1,6 +1,7 @@
-"""The command line: `peft-kernels finetune | info | verify | bench`. Options only; the work is in the modules it calls.
+"""The command line: `peft-kernels finetune | delta | info | verify | bench`.
 
-Those are imported when their command runs, so that `--help` does not wait for them.
+Options only; the work is in the modules it calls. Those are imported when their command runs, so that `--help` does
+not wait for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ except ModuleNotFoundError:  # an installation without dependencies
     print("Error: the command line needs two more packages: pip install typer rich", file=sys.stderr)
     sys.exit(2)
 
+from . import delta_commands
 from .training.settings import CHOICES, Settings
 
 app = typer.Typer(
@@ -24,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(delta_commands.app)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Operators as functions; see each family's module for formulas and contracts."""
 
+from . import deltas
 from .lora import lora_linear, lora_merged_weight
 from .sparse_delta import check_indices, quantized_sparse_delta_linear, sparse_delta_linear
 from .sparse_delta_parts import attach_delta, reordered
@@ -16,6 +17,7 @@ from .sparse_selection import (
 __all__ = [
     "attach_delta",
     "check_indices",
+    "deltas",
     "gradient_topk",
     "lora_linear",
     "lora_merged_weight",

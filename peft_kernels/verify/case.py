@@ -44,4 +44,9 @@ class Case:
         return self._map(lambda tensor: tensor.to(dtype).to(tensor.dtype) if tensor.is_floating_point() else tensor)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Case:
-        return replace(self, arguments=tuple(function(v) if isinstance(v, Tensor) else v for v in self.arguments))
+        def mapped(value: Any) -> Any:
+            if isinstance(value, list):
+                return [mapped(item) for item in value]
+            return function(value) if isinstance(value, Tensor) else value
+
+        return replace(self, arguments=tuple(mapped(value) for value in self.arguments))

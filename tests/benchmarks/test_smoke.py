@@ -31,7 +31,9 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
 
 def test_every_benchmark_writes_a_section_with_its_origin(smoke: Any) -> None:
     _, sections = smoke
-    assert set(sections) == {"lora_layer", "call_overhead", "lora_model"}
+    assert set(sections) == {
+        "lora_layer", "call_overhead", "lora_model", "sparse_delta", "sparse_delta_model", "delta_algebra",
+    }  # fmt: skip
     for section in sections.values():
         assert set(section) == {"run_info", "train_info", "meta_info"}
         assert {"created_at", "command", "commit", "dirty", "total_time_s"} <= set(section["run_info"])
@@ -51,6 +53,37 @@ def test_every_model_arm_is_timed_and_weighed(smoke: Any) -> None:
     assert arms["PEFT"]["memory"]["added"]["relative_to_peft"] == {"resident_bytes": 1.0, "tensor_bytes": 1.0}
     assert arms["PEFT"]["trainable_parameters"] == arms["ours, inject"]["trainable_parameters"] > 0
     assert arms["frozen model"]["trainable_parameters"] == 0
+
+
+def test_sparse_arms_train_the_same_entries_as_pefts(smoke: Any) -> None:
+    cases = smoke[1]["sparse_delta_model"]["train_info"]["cases"]
+    assert [record["case"]["density"] for record in cases] == [None, 0.05]
+    for record, peft in zip(cases, ("PEFT SHiRA", "PEFT Super-Tuning"), strict=True):
+        arms = record["arms"]
+        assert len(arms) == 5 and peft in arms
+        for name, arm in arms.items():
+            assert arm["status"] == "measured", (name, arm)
+            expected = 0 if name == "frozen model" else arms[peft]["trainable_parameters"]
+            assert arm["trainable_parameters"] == expected
+
+
+def test_every_operation_on_a_sparse_delta_is_timed(smoke: Any) -> None:
+    cases = smoke[1]["sparse_delta"]["train_info"]["cases"]
+    assert {record["case"]["operation"] for record in cases} == {"write", "adamw", "gradient", "layer"}
+    for record in cases:
+        assert {arm["status"] for arm in record["arms"].values()} == {"measured"}, record
+        assert len(record["arms"]) >= 2 and record["limits"]
+
+
+def test_every_method_of_the_delta_algebra_equals_the_dense_way(smoke: Any) -> None:
+    cases = smoke[1]["delta_algebra"]["train_info"]["cases"]
+    assert {record["case"]["method"] for record in cases} == {"dare", "ties", "breadcrumbs", "pcb"}
+    for record in cases:
+        assert {arm["status"] for arm in record["arms"].values()} == {"measured"}, record
+        errors = record["arms"]["ours"]["errors"]
+        assert errors["relative_norm"] < 1e-4
+        assert record["case"]["method"] == "pcb" or errors["differing"] == 0
+        assert record["arms"]["ours"]["memory"]["share_of_dense"] > 0
 
 
 def test_the_tables_are_printed(smoke: Any) -> None:
