@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from . import targets
 from .config import AdapterConfig
 from .families import AdapterLayer, adapter_layers
-from .planning import STATE, Plan, injection_of, paths_of, plan_injection, shortened, unwrapped, weight_owners
+from .planning import (
+    STATE,
+    Plan,
+    injection_of,
+    memory_of,
+    paths_of,
+    plan_injection,
+    shortened,
+    unwrapped,
+    weight_owners,
+)
 from .reports import InjectionReport
 
 
@@ -146,7 +156,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
 
 def _tied_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
     owners = weight_owners(model)
-    return [path for path, layer in layers.items() if len(owners[id(layer.weight)]) > 1]
+    return [path for path, layer in layers.items() if len(owners[memory_of(layer.weight)]) > 1]
 
 
 def _present(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -102,13 +102,13 @@ def plan_injection(
     chosen, rows, notes = _choose(model, config, family, modules, holders)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     linears = {path: module for path in chosen if isinstance(module := modules[path], nn.Linear)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    before = frozenset(name for name, parameter in parameters if parameter.requires_grad)
     layers = family.build(config, linears, generator, autocast_adapter_dtype, positions)
     places = {path: tuple(holders[id(modules[path])]) for path in chosen}
     if targets.wants_all_linear(config):
         config = replace(config, target_modules=targets.names_for(chosen, modules), exclude_modules=None)
     untied, untied_notes = _untied(model, saved)
-    parameters = model.named_parameters(remove_duplicate=False)
-    before = frozenset(name for name, parameter in parameters if parameter.requires_grad)
     injection = Injection(config, tuple(layers), tuple(saved), before)
     return Plan(injection, family, layers, places, saved, untied, tuple(rows), tuple(notes + untied_notes))
 
@@ -202,17 +202,25 @@ def _obstacle(
         return f"it is the whole model; use nn.{family.layer_type.__name__}.from_linear"
     parent = modules[path.rpartition(".")[0]]
     weight = modules[path]._parameters.get("weight")
-    shared = weight is not None and len(owners[id(weight)]) > 1
+    shared = weight is not None and len(owners[memory_of(weight)]) > 1
     return family.obstacle(modules[path], shared) or targets.bypassed(model, path, parent)
 
 
+def memory_of(parameter: Tensor) -> int:
+    """Where a parameter lies; parameters that are tied by their data lie at one place."""
+    try:
+        return parameter.data_ptr() or id(parameter)
+    except (NotImplementedError, RuntimeError):  # a subclass without memory of its own
+        return id(parameter)
+
+
 def weight_owners(model: nn.Module) -> dict[int, set[int]]:
-    """By the id of each parameter, the ids of the modules that have it."""
+    """By the place in memory of each parameter, the ids of the modules that have it."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
+                owners.setdefault(memory_of(parameter), set()).add(id(module))
     return owners
 
 

@@ -57,7 +57,8 @@ template <typename Arguments>
 void launch(
     const char* operation, const Grid& grid, void (*kernel)(Arguments), const Arguments& arguments,
     std::initializer_list<Operand> operands) {
-  constexpr size_t kSharedBytesWithoutOptIn = 48 * 1024;
+  // Of 48 KiB that a block may have without asking; static shared memory comes on top of what is dynamic.
+  constexpr size_t kSharedBytesWithoutOptIn = 32 * 1024;
   constexpr int64_t kMostAlongX = std::numeric_limits<int32_t>::max(), kMostAlongYZ = 65535;
   const auto* function = reinterpret_cast<const void*>(kernel);
   const int32_t device = operands.begin()->tensor.get_device_index();

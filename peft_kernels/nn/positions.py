@@ -31,11 +31,11 @@ def random_positions(numel: int, count: int, generator: torch.Generator | None =
     """`count` of `numel` positions, drawn evenly without repetition; sorted, on the CPU, so that one seed gives one
     choice on every device."""
     if 4 * count >= numel:
-        chosen = torch.randperm(numel, generator=generator)[:count].sort().values
+        chosen = torch.randperm(numel, generator=generator, device="cpu")[:count].sort().values
     else:  # draws that repeat are made again: each new position is even over those that are left
-        chosen = torch.empty(0, dtype=torch.int64)
+        chosen = torch.empty(0, dtype=torch.int64, device="cpu")
         while chosen.numel() < count:
-            drawn = torch.randint(numel, (count - chosen.numel(),), generator=generator)
+            drawn = torch.randint(numel, (count - chosen.numel(),), generator=generator, device="cpu")
             chosen = torch.cat((chosen, drawn)).unique()
     return chosen.to(index_dtype(numel))
 

@@ -33,6 +33,11 @@ def dequantized(module: Any, dtype: torch.dtype) -> Tensor:
     if quantized_kind(module) == _KINDS["Linear4bit"]:
         if getattr(weight, "quant_state", None) is None:
             raise ValueError("the 4-bit weight is not quantised yet; move the layer to its device first")
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            # An evaluation on the CPU has packed it for a kernel of its own. Brought back as bitsandbytes does before
+            # it saves; the next evaluation packs it again.
+            unpack = bnb._convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
         return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
     scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
     if scales is None or weight.dtype != torch.int8:

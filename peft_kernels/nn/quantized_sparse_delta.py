@@ -84,11 +84,12 @@ class QuantizedSparseDeltaLinear(nn.Module):
         """Never: a quantised weight cannot hold the delta."""
         return False
 
+    merge_obstacle = "a quantised weight cannot hold a sparse delta; apply it to the dense checkpoint instead"
+    """Why `merge` raises."""
+
     def merge(self) -> None:
         """Raises ValueError: a quantised weight cannot hold the delta."""
-        raise ValueError(
-            "a quantised weight cannot hold a sparse delta; apply the delta to the dense checkpoint instead"
-        )
+        raise ValueError(self.merge_obstacle)
 
     def unmerge(self) -> None:
         """There is nothing to undo."""

@@ -351,6 +351,8 @@ class SparseDeltaLinear(nn.Linear):
                 _check_shape(name, state_dict[f"{prefix}{name}"], getattr(self, name).shape)
             if "indices" in given:
                 _checked(state_dict[f"{prefix}indices"], self.weight)
+                if "weight" in given and "original" not in given:
+                    raise ValueError(f"expected {prefix}original with them, without which the weight cannot be told")
             elif "original" in given:
                 raise ValueError(f"expected with {prefix}original, which belongs to them, got nothing")
         except (TypeError, ValueError) as error:

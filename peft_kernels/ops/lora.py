@@ -140,7 +140,10 @@ class LoRALinearFunction(torch.autograd.Function):
         keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if keep_x else None, weight, lora_a, lora_b, hidden, rng_state)
         ctx.shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+        if x.dim() == 2:
+            return y
+        # Torch would forbid changes in place of a view that a Function returns.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]

@@ -13,7 +13,7 @@ from .. import backends
 from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
 from ._autocast import autocast_dtype
-from .sparse_delta import Observer, _described, _transforms_active, _transposed
+from .sparse_delta import Observer, _described, _observe, _transforms_active, _transposed
 
 
 class AttachDeltaFunction(torch.autograd.Function):
@@ -25,7 +25,8 @@ class AttachDeltaFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices)
         ctx.observer, ctx.backend = observer, backend
-        return y.view_as(y)
+        # Nobody else has y. Torch would forbid changes in place of a view that a Function returns.
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
@@ -40,8 +41,7 @@ class AttachDeltaFunction(torch.autograd.Function):
         dy, rows = as_rows(grad_out), as_rows(x)
         sampled_product = backends.kernel("sampled_product", dy.device.type, dy.dtype, ctx.backend)
         grad_values = sampled_product(dy, rows, indices, values.dtype)
-        if ctx.observer is not None:
-            ctx.observer(dy, rows)
+        _observe(ctx, dy, rows)
         return grad_out, None, grad_values, None, None, None
 
 
@@ -56,6 +56,7 @@ def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-
         nothing = grad_out.new_zeros((shape[1], shape[0]))
         dx = reference.sparse_delta_linear(grad_out, nothing, None, values, _transposed(indices, shape))
     grad_values = reference.sampled_product(as_rows(grad_out), as_rows(x), indices, values.dtype)
+    _observe(ctx, as_rows(grad_out), as_rows(x))
     return grad_out, dx, grad_values, None, None, None
 
 

@@ -42,16 +42,16 @@ class Arm:
 
     Attributes:
         parameters: what trains, by name.
-        reselector: what moves the entries of a sparse delta, or None.
         history: the steps so far.
+        reselector: what moves the entries of a sparse delta, or None.
     """
 
     name: str
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    reselector: Reselector | None = None
     history: list[StepRecord] = field(default_factory=list)
+    reselector: Reselector | None = None
 
     def losses(self) -> list[float]:
         """The loss of every step so far."""

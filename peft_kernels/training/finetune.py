@@ -75,13 +75,14 @@ def run(given: dict[str, Any], output: Path, resume: bool, overwrite: bool, cons
     """
     state = checkpoint.read_state(output) if resume else None
     settings = Settings(**given) if state is None else resumed(state.settings, given)
-    if state is None:
-        _claim(output, overwrite)
+    earlier = _claim(output, overwrite) if state is None else []
     with warnings.catch_warnings():
         # transformers and PEFT warn of each other's deprecations, which is nothing the user of this command can change.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            return _run(_prepare(settings, output, console, state))
+            prepared = _prepare(settings, output, console, state)
+            _clear(earlier)
+            return _run(prepared)
         except torch.OutOfMemoryError as error:
             raise TrainingFailed(
                 "out of memory on the GPU; try a smaller --batch-size with --gradient-accumulation, a shorter "
@@ -111,8 +112,8 @@ def blocks_read(settings: Settings, steps: int) -> int:
     return steps * settings.gradient_accumulation * settings.batch_size
 
 
-def _claim(output: Path, overwrite: bool) -> None:
-    """Makes `output` ours: refuses one that holds a run, or clears that run away."""
+def _claim(output: Path, overwrite: bool) -> list[Path]:
+    """Makes `output` ours: refuses one that holds a run, unless that is to go; returns what of it is there."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: exists and is no directory")
     earlier = [output / name for name in _EARLIER_RUN if (output / name).exists()]
@@ -121,15 +122,20 @@ def _claim(output: Path, overwrite: bool) -> None:
             f"--output {output} holds an earlier run ({earlier[0].name}); continue it with --resume, replace it with "
             "--overwrite, or choose another directory"
         )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from None
+    return earlier
+
+
+def _clear(earlier: list[Path]) -> None:
+    """Removes an earlier run, once the new one has all that it needs."""
     for path in earlier:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from None
 
 
 def choose_device(name: str) -> torch.device:

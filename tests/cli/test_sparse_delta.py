@@ -110,3 +110,11 @@ def test_reselection_rates_forbid_another_number_of_steps(invoke: Invoke, tmp_pa
     result = invoke("finetune", "--resume", "--steps", 5, "--output", output)
     assert result.exit_code == 2
     assert "--selection rigl, whose reselection rates depend on it" in result.output
+
+
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_can_begin(invoke: Invoke, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert invoke("finetune", *MOVING, "--steps", 1, "--output", output).exit_code == 0
+    result = invoke("finetune", *MOVING, "--model", "/no/such/model", "--overwrite", "--output", output)
+    assert result.exit_code == 2
+    assert (output / "adapter").is_dir() and (output / "metrics.json").is_file()

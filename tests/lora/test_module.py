@@ -273,3 +273,14 @@ def test_repr_says_what_the_layer_is():
     layer = LoRALinear(24, 20, r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=True)
     expected = "r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=True"
     assert repr(layer) == f"LoRALinear(in_features=24, out_features=20, bias=True, {expected})"
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 5, 24)], ids=str)
+def test_the_output_may_be_changed_in_place(shape):
+    torch.manual_seed(0)
+    layer = LoRALinear(24, 20, r=3, init_lora_weights=False)
+    x = torch.randn(shape, requires_grad=True)
+    plain = torch.autograd.grad(torch.relu(layer(x)).sum(), (x, layer.lora_a, layer.lora_b))
+    changed = torch.autograd.grad(torch.relu_(layer(x)).sum(), (x, layer.lora_a, layer.lora_b))
+    for one, other in zip(plain, changed, strict=True):
+        assert torch.equal(one, other)

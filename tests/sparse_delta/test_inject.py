@@ -316,3 +316,11 @@ def test_the_model_s_own_state_loads_into_the_injected_one(llama, tokens, distur
     assert not result.unexpected_keys
     pk.eject(model, merge=False)
     assert_same_state(model, bits(other))
+
+
+def test_a_weight_that_shares_its_memory_with_another_is_left_alone():
+    model = nn.ModuleDict({"embed": nn.Embedding(12, 8), "head": nn.Linear(8, 12, bias=False), "free": nn.Linear(8, 8)})
+    model["head"].weight = nn.Parameter(model["embed"].weight.data)
+    report = pk.inject(model, pk.SparseDeltaConfig(density=0.1))
+    assert [layer.path for layer in report.fused] == ["free"]
+    assert "its weight is another module's too" in report.left_alone[0].reason

@@ -168,3 +168,33 @@ def test_magnitudes_of_a_quantised_weight_are_refused():
     with pytest.raises(ValueError, match='a: selection "magnitude" needs a dense weight'):
         pk.inject(model, pk.SparseDeltaConfig(density=0.05, selection="magnitude"))
     assert type(model["a"]).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_weight_that_an_evaluation_has_packed_is_read_right(kind):
+    base = quantized(kind)
+    expected = dequantized(base, torch.float32)
+    base.eval()
+    x = torch.randn(4, K, dtype=torch.bfloat16)
+    with torch.no_grad():
+        evaluated = base.to(torch.bfloat16)(x)  # on some processors this packs the weight in place
+    assert torch.allclose(dequantized(base, torch.float32), expected, rtol=1e-2, atol=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(base(x), evaluated, rtol=2e-2, atol=2e-2)
+
+
+def test_nothing_is_merged_where_one_layer_cannot_be():
+    model = nn.ModuleDict({"a": nn.Linear(K, N), "b": quantized("nf4")})
+    pk.inject(model, pk.SparseDeltaConfig(density=0.05))
+    for call in (pk.merge, pk.eject):
+        with pytest.raises(ValueError, match="b cannot be merged: a quantised weight"):
+            call(model)
+        assert type(model["a"]).__name__ == "SparseDeltaLinear" and not model["a"].merged
+
+
+def test_eject_trains_again_what_trained_before():
+    model = nn.ModuleDict({"b": quantized("nf4")})
+    model["b"].bias.requires_grad_(True)
+    pk.inject(model, pk.SparseDeltaConfig(density=0.05))
+    pk.eject(model, merge=False)
+    assert model["b"].bias.requires_grad

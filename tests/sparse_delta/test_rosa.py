@@ -322,3 +322,13 @@ def test_a_model_of_them_is_merged_and_ejected():
     pk.unmerge(model)
     pk.eject(model, merge=False)
     assert type(model[0]) is nn.Linear
+
+
+def test_its_output_may_be_changed_in_place():
+    torch.manual_seed(0)
+    layer = pk.nn.RoSALinear(8, 6, density=0.2, r=2, init_lora_weights=False)
+    x = torch.randn(3, 8, requires_grad=True)
+    plain = torch.autograd.grad(torch.relu(layer(x)).sum(), (x, layer.values, layer.lora_a))
+    changed = torch.autograd.grad(nn.Sequential(layer, nn.ReLU(inplace=True))(x).sum(), (x, layer.values, layer.lora_a))
+    for one, other in zip(plain, changed, strict=True):
+        assert torch.equal(one, other)
