@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import ops
-from ..nn.linear import replaced_call, type_name, weight_obstacle
+from ..nn.linear import has_hooks, replaced_call, type_name, weight_obstacle
 from ..nn.lora import LoRALinear
 from ..reference import lora as reference
 from ..reports import AccelerationReport, LayerReport
 from . import peft_sparse, peft_sparse_delta
-from .peft_layers import PeftIncompatible, has_hooks, input_obstacle
+from .peft_layers import PeftIncompatible, input_obstacle
 from .tied import tied_weights
 
 _RELIED_ON = (

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class PeftIncompatible(RuntimeError):
     """The installed PEFT is not built the way `accelerate` relies on; the message names what differs."""
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def input_obstacle(x: Tensor, weight: Tensor, *factors: Tensor) -> str | None:

@@ -23,9 +23,9 @@ from peft.tuners.shira.layer import Linear as ShiraLinear
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.linear import replaced_call
+from ..nn.linear import has_hooks, replaced_call
 from ..nn.switched import SwitchedWeight
-from .peft_layers import PeftIncompatible, has_hooks, input_obstacle
+from .peft_layers import PeftIncompatible, input_obstacle
 from .peft_sparse_delta import (
     STATE,
     Delta,

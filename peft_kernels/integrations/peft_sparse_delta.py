@@ -14,10 +14,9 @@ from peft.tuners.shira.layer import Linear as ShiraLinear
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..nn.linear import replaced_call, type_name, weight_obstacle
+from ..nn.linear import has_hooks, replaced_call, type_name, weight_obstacle
 from ..nn.sparse_delta import delta_obstacle
 from ..nn.switched import Positions, SwitchedWeight
-from .peft_layers import has_hooks
 
 STATE = "_peft_kernels_state"
 """Name of the layer's attribute that holds its `State`."""
