@@ -14,7 +14,9 @@
 namespace peft_kernels {
 namespace {
 
-constexpr int kEntries = 8;  // entries of a row summed at a time
+constexpr int kEntries = 8;        // entries of a row summed at a time
+constexpr int64_t kNarrow = 128;   // columns
+constexpr int64_t kManyRows = 32;  // transposed side by side
 
 // --- transposition of as many vectors as a vector has lanes, in place ---
 
@@ -226,9 +228,16 @@ void transpose(
   constexpr int64_t width = Columns<T>::kElements;
   const T* data = static_cast<const T*>(matrix.data) + first * matrix.row_stride;
   Element* to = static_cast<Element*>(columns);
-  // Along the rows, which is how memory likes to be read.
+  // Along the rows, which is how memory likes to be read. 32 of them side by side are more streams than a processor
+  // follows by itself: lines are asked for ahead, those of the next rows, or, where the range is narrow, of the columns
+  // after it, which usually come next. Addresses beyond the matrix are harmless, a prefetch never faults.
+  const int64_t ahead = end - begin > kNarrow ? width * matrix.row_stride : end - begin;
   for (int64_t m = 0; m < rows; m += width) {
     for (int64_t c = begin; c < end; c += width) {
+      if constexpr (width >= kManyRows) {
+        const T* next = data + m * matrix.row_stride + c + ahead;
+        for (int64_t i = 0; i < width; ++i) __builtin_prefetch(next + i * matrix.row_stride, 0, 2);
+      }
       Columns<T>::transpose(
           data + m * matrix.row_stride + c, matrix.row_stride, rows - m, end - c, to + (c - begin) * stride + m,
           stride);
