@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .nn.merged import layer_of
+from .nn.merged import delta_layer_of, layer_of
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -78,14 +78,14 @@ class SparseAdamW(torch.optim.Optimizer):
         tensors = [_local(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         layer = layer_of(parameter)
         if layer is not None and not layer.merged:
-            _step(tensors, (layer.weight.detach(), layer.indices, layer.original), numbers)
+            layer.update_adamw(*tensors, *numbers)
             layer.written()
         elif all(tensor.is_contiguous() for tensor in tensors):
-            _step([tensor.view(-1) for tensor in tensors], (None, None, None), numbers)
+            _step([tensor.view(-1) for tensor in tensors], numbers)
             torch.autograd.graph.increment_version(parameter)
         else:  # any strides, at the price of a copy there and back
             flat = [tensor.flatten().clone() for tensor in tensors]
-            _step(flat, (None, None, None), numbers)
+            _step(flat, numbers)
             for tensor, updated in zip(tensors, flat, strict=True):
                 tensor.copy_(updated.view(tensor.shape))
 
@@ -137,7 +137,7 @@ class SparseSM3(torch.optim.Optimizer):
         given = [params] if isinstance(params, Tensor) else list(params)
         for number, entry in enumerate(given):
             parameter = entry[1] if isinstance(entry, tuple) else entry
-            if isinstance(parameter, Tensor) and layer_of(parameter) is None:
+            if isinstance(parameter, Tensor) and delta_layer_of(parameter) is None:
                 raise ValueError(
                     "params must be values of SparseDeltaLinear layers, whose rows and columns SM3 goes by; got a "
                     f"parameter {list(parameter.shape)} as number {number} of group {len(self.param_groups)}"
@@ -158,7 +158,7 @@ class SparseSM3(torch.optim.Optimizer):
         return loss
 
     def _update(self, values: Tensor, group: dict[str, Any]) -> None:
-        layer = layer_of(values)
+        layer = delta_layer_of(values)
         if layer is None:
             raise RuntimeError(f"the layer of values {list(values.shape)} is gone; make a new SparseSM3 without them")
         state = self.state[values]
@@ -186,10 +186,10 @@ class SparseSM3(torch.optim.Optimizer):
             layer.written()
 
 
-def _step(tensors: list[Tensor], target: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
-    values = tensors[0].detach()
-    kernel = backends.kernel("sparse_adamw_", values.device.type, values.dtype)
-    kernel(values, *tensors[1:], *target, *numbers)
+def _step(tensors: list[Tensor], numbers: tuple[Any, ...]) -> None:
+    """Of a parameter that is in no weight: values, gradient and moments, 1-D."""
+    kernel = backends.kernel("sparse_adamw_", tensors[0].device.type, tensors[0].dtype)
+    kernel(*tensors, None, None, None, *numbers)
 
 
 def _local(tensor: Tensor) -> Tensor:

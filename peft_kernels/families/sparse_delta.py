@@ -14,10 +14,11 @@ from .. import ops, targets
 from ..adapter_files import KEY_PREFIX, AdapterFiles
 from ..config import SparseDeltaConfig
 from ..nn.linear import has_hooks, replaced_call, takeover_obstacle
+from ..nn.merged_linear import contiguity_obstacle
 from ..nn.quantized import quantized_kind
 from ..nn.quantized_sparse_delta import QuantizedSparseDeltaLinear
 from ..nn.rosa import RoSALinear
-from ..nn.sparse_delta import SparseDeltaLinear, delta_obstacle
+from ..nn.sparse_delta import SparseDeltaLinear
 from .base import Family
 
 DeltaLayer = SparseDeltaLinear | QuantizedSparseDeltaLinear
@@ -37,7 +38,7 @@ class _SparseDelta(Family):
         if quantized_kind(linear) is not None:
             hooks = has_hooks(linear) and "it has hooks, which are not called while its weight is made dense"
             return replaced_call(linear) or hooks or None
-        reason = takeover_obstacle(linear) or delta_obstacle(linear)
+        reason = takeover_obstacle(linear) or contiguity_obstacle(linear)
         if reason is None and shared:
             return "its weight is another module's too, which a delta in it would change as well"
         return reason

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..nn.linear import has_hooks, replaced_call, type_name, weight_obstacle
-from ..nn.sparse_delta import delta_obstacle
+from ..nn.merged_linear import contiguity_obstacle
 from ..nn.switched import Positions, SwitchedWeight
 
 STATE = "_peft_kernels_state"
@@ -126,7 +126,7 @@ def _base_obstacle(layer: Any) -> str | None:
     reason = replaced_call(base)
     if reason is not None:
         return f"inside it, {reason}"
-    reason = weight_obstacle(base) or delta_obstacle(base)
+    reason = weight_obstacle(base) or contiguity_obstacle(base)
     if reason is not None:
         return reason
     if not owns_weight(layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,27 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import backends
 
 
-class DeltaLayer(Protocol):
-    """What an optimizer has to know of the layer whose deltas it trains, to write them into the weight itself."""
+class MergedLayer(Protocol):
+    """What an optimizer has to know of the layer that trains a part of its weight, to write the step into it."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether weight is not to be touched."""
+
+    def update_adamw(self, trained: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *numbers: Any) -> None:
+        """A step of AdamW on plain tensors, and the write into weight, in one pass.
+
+        Args:
+            trained, grad, exp_avg, exp_avg_sq: of one shape, contiguous.
+            numbers: step, lr, beta1, beta2, eps and weight_decay, as in the operators.
+        """
+
+    def written(self) -> None:
+        """To be called when what trains was changed and written into weight in one pass."""
+
+
+class DeltaLayer(MergedLayer, Protocol):
+    """The same of a layer that trains a sparse delta."""
 
     @property
     def weight(self) -> Tensor:
@@ -28,32 +48,31 @@ class DeltaLayer(Protocol):
     def original(self) -> Tensor:
         """`[nnz]`, what weight held at indices before."""
 
-    @property
-    def merged(self) -> bool:
-        """Whether weight is not to be touched."""
 
-    def written(self) -> None:
-        """To be called when values were changed and written into weight in one pass."""
-
-
-# Who keeps each trainable `values` written, for the optimizer that writes them back.
+# Who keeps each trained Parameter in a weight, for the optimizer that writes it back.
 _layers: Any = WeakIdKeyDictionary()
 
 
-def adopt(values: Tensor, layer: DeltaLayer) -> None:
-    """From now on `layer` keeps these deltas in its weight."""
-    _layers[values] = weakref.ref(layer)
+def adopt(trained: Tensor, layer: MergedLayer) -> None:
+    """From now on `layer` keeps this in its weight."""
+    _layers[trained] = weakref.ref(layer)
 
 
-def release(values: Tensor) -> None:
-    """Nobody keeps these deltas in a weight any more."""
-    _layers.pop(values, None)
+def release(trained: Tensor) -> None:
+    """Nobody keeps this in a weight any more."""
+    _layers.pop(trained, None)
 
 
-def layer_of(values: Tensor) -> DeltaLayer | None:
-    """Whoever keeps these deltas in a weight; None for any other parameter."""
-    found = _layers.get(values)
+def layer_of(parameter: Tensor) -> MergedLayer | None:
+    """Whoever keeps this in a weight; None for any other parameter."""
+    found = _layers.get(parameter)
     return None if found is None else found()
+
+
+def delta_layer_of(parameter: Tensor) -> DeltaLayer | None:
+    """Whoever keeps these values of a sparse delta in a weight; None for any other parameter."""
+    layer: Any = layer_of(parameter)
+    return layer if parameter.dim() == 1 else None  # slices of a weight have rows and columns
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -70,8 +89,8 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-def write_delta(weight: Tensor, indices: Tensor, original: Tensor, values: Tensor | None, counted: bool = True) -> None:
-    """`weight[indices] = original + values`, rounded once; without values original itself, bit for bit.
+def put(weight: Tensor, write: Callable[[Tensor], None], counted: bool = True) -> None:
+    """Has `write` change weight in place, which it is given as a plain tensor.
 
     Autograd is told that weight changed: a backward pass that still needs what it held before raises. `counted=False`
     is for putting back what such a pass needs.
@@ -84,10 +103,24 @@ def write_delta(weight: Tensor, indices: Tensor, original: Tensor, values: Tenso
             "the weight is sharded (a DTensor), so no delta can be written into it or taken out of it here; do that "
             "before fully_shard, or in a model that has loaded the gathered state_dict"
         )
-    write = backends.kernel("scatter_write_", weight.device.type, weight.dtype)
-    write(weight.detach(), indices, original, None if values is None else values.detach())
+    write(weight.detach())
     if counted:
         count_change(weight)
+
+
+def write_delta(weight: Tensor, indices: Tensor, original: Tensor, values: Tensor | None, counted: bool = True) -> None:
+    """`weight[indices] = original + values`, rounded once; without values original itself, bit for bit. See `put`."""
+    write = backends.kernel("scatter_write_", weight.device.type, weight.dtype)
+    changes = None if values is None else values.detach()
+    put(weight, lambda plain: write(plain, indices, original, changes), counted)
+
+
+def update_delta(
+    layer: DeltaLayer, values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *numbers: Any
+) -> None:
+    """`MergedLayer.update_adamw` of a sparse delta."""
+    kernel = backends.kernel("sparse_adamw_", values.device.type, values.dtype)
+    kernel(values, grad, exp_avg, exp_avg_sq, layer.weight.detach(), layer.indices, layer.original, *numbers)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,7 @@ from .. import ops
 from .linear import take_over
 from .lora import LoRAOptions
 from .merged import write_delta
-from .sparse_delta import _ADAPTER_STATE as _DELTA_STATE
 from .sparse_delta import SparseDeltaLinear
-
-_ADAPTER_STATE = (*_DELTA_STATE, "lora_a", "lora_b", "merged_weight", "options", "scaling", "lora_dropout")
 
 
 class RoSALinear(SparseDeltaLinear):
@@ -50,6 +47,11 @@ class RoSALinear(SparseDeltaLinear):
     options: LoRAOptions
     scaling: float
     lora_dropout: float
+
+    adapter_state: ClassVar[tuple[str, ...]] = (
+        *SparseDeltaLinear.adapter_state,
+        *("lora_a", "lora_b", "merged_weight", "options", "scaling", "lora_dropout"),
+    )
 
     def __init__(
         self,
@@ -143,11 +145,12 @@ class RoSALinear(SparseDeltaLinear):
         """x `[..., K]` to `[..., N]`; see `ops.lora_linear` and `ops.attach_delta` for dtypes, errors, memory."""
         if self.merged_weight is not None:
             return F.linear(x, self.merged_weight, self.bias)
-        weight, original = self.weight, self._write_before_use()
+        weight, regathered = self.weight, self._write_before_use()
         y = ops.lora_linear(
             x, weight, self.bias, self.lora_a, self.lora_b, self.scaling, self.lora_dropout, self.training
         )
-        if original is not None and y.requires_grad:  # before y's own backward runs
+        if regathered and y.requires_grad:  # before y's own backward runs
+            original = self._original_over(weight)
             y.register_hook(lambda grad: write_delta(weight, self.indices, original, self.values, counted=False))
         self._doubt_after_backward(y)
         return ops.attach_delta(y, x, self.values, self.indices, observer=self.gradient_observer)
@@ -184,7 +187,7 @@ class RoSALinear(SparseDeltaLinear):
             merged = self.merged_weight if self.merged_weight is not None else self._merge()
         else:
             self.restore_weight()
-        linear = take_over(self, nn.Linear, without=_ADAPTER_STATE)
+        linear = take_over(self, nn.Linear, without=(*self.adapter_state, self.trained_name))
         if merged is not None:
             linear.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
         return linear

@@ -8,12 +8,13 @@ only while the delta is in it, and read anew for the next one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .merged import Stamp, adopt, count_change, entries_of, layer_of, release, write_delta
+from .merged import Stamp, adopt, count_change, entries_of, layer_of, release, update_delta, write_delta
 from .positions import index_dtype
 
 
@@ -140,6 +141,10 @@ class SwitchedWeight:
         self._stamp.clear()
         if not torch.compiler.is_compiling():
             self._register(None, None)
+
+    def update_adamw(self, trained: Tensor, *state: Any) -> None:
+        """A step of AdamW on the registered values, and the write into weight; see `MergedLayer`."""
+        update_delta(self, trained, *state)
 
     def written(self) -> None:
         """To be called by an optimizer that has changed the registered values and written them into weight."""

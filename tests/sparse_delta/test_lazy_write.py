@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_kernels.nn import SparseDeltaLinear, sparse_delta
+from peft_kernels.nn import SparseDeltaLinear
 from peft_kernels.optim import SparseAdamW
 
 from ..support.accuracy import assert_same_bits
@@ -28,8 +28,13 @@ OPTIMIZERS = {
 def writes(monkeypatch):
     """The sizes of the deltas that were written since the test began."""
     done = []
-    write = sparse_delta.write_delta
-    monkeypatch.setattr(sparse_delta, "write_delta", lambda *args: done.append(args[1].numel()) or write(*args))
+    write = SparseDeltaLinear._write_into
+
+    def counted(layer, weight, restored):
+        done.append(layer.num_deltas)
+        write(layer, weight, restored)
+
+    monkeypatch.setattr(SparseDeltaLinear, "_write_into", counted)
     return done
 
 
