@@ -58,13 +58,14 @@ def test_fifty_steps_are_those_of_torch(place, weight_dtype, weight_decay, dtype
     delta = random_delta((60, 61), 700, dtype=weight_dtype, device=place.device)
     grads = gradients(delta, dtype)
     *ours, _ = run_ours(place, delta, grads, weight_decay)
-    theirs = run_torch(delta, grads, weight_decay)
+    # In float64: torch's own float32 values were 1.4e-5 off in about one process of sixty, moments were not.
+    theirs = run_torch(delta, grads.double(), weight_decay)
     positions = delta.indices.long()
     units = 16 * torch.finfo(dtype).eps  # of the largest number that a sum of fifty steps has met
     for name, actual, dense in zip(("values", "exp_avg", "exp_avg_sq"), ours, theirs, strict=True):
         expected = dense[positions]
         assert not dense.index_fill(0, positions, 0.0).any(), f"{name}: torch changed an entry outside of the delta"
-        difference = (actual - expected).abs().max()
+        difference = (actual.double() - expected).abs().max()
         assert difference <= units * expected.abs().max(), f"{name}: {difference / expected.abs().max():.1e}"
 
 
