@@ -49,6 +49,7 @@ _SPARSE = ("-ffp-contract=off", "-fno-math-errno")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
     "lora_kernels": CAPABILITIES,
+    "s2ft_kernels": CAPABILITIES,
     "sampled_kernels": {**CAPABILITIES, "avx512bf16": (*AVX512, "-mavx512bf16")},
     "sparse_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
     "selection_kernels": CAPABILITIES,
@@ -202,7 +203,9 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
         "lora_products.cpp",
         "outer_product_topk.cpp",
         "product_above.cpp",
+        "s2ft.cpp",
         "sampled_product.cpp",
+        "slice_grad.cpp",
         "sorted_sets.cpp",
         "sparse_delta.cpp",
         "sparse_sm3.cpp",
@@ -220,7 +223,7 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
                     )
                 )
     if on_x86:
-        tiles = ("lora_amx.cpp", "gemm_amx.cpp", "sampled_amx.cpp")
+        tiles = ("lora_amx.cpp", "gemm_amx.cpp", "sampled_amx.cpp", "slice_tiles_amx.cpp")
         objects += [Object(SOURCES / "cpu" / source, flags=AMX) for source in tiles]
     return SharedLibrary("_C.so", objects, [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"])
 

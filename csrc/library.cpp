@@ -51,6 +51,22 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
       "Tensor(e!)? weight, Tensor indices, Tensor? original, float lr, float beta, float eps, float weight_decay) "
       "-> ()");
 
+  // Slices of channels: indices [s] int64, sorted and unique, of the K columns or of the N rows of weight [N, K].
+  // x[:, indices]: x [M, K] -> [M, s], contiguous.
+  m.def("gather_columns(Tensor x, Tensor indices) -> Tensor");
+  // grad_out[:, indices]^T x, of all columns without indices: grad_out [M, A], x [M, B] -> [s or A, B] in dtype.
+  m.def("slice_grad(Tensor grad_out, Tensor x, Tensor? indices, ScalarType dtype) -> Tensor");
+  // weight[:, indices] = values [N, s] at dim 1, weight[indices, :] = values [s, K] at dim 0, rounded once.
+  m.def("slice_write_(Tensor(a!) weight, Tensor indices, Tensor values, int dim) -> ()");
+  // One step of AdamW on trainable, a slice, and what slice_write_ does with the result.
+  m.def(
+      "slice_adamw_(Tensor(a!) trainable, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!)? weight, Tensor? indices, int dim, int step, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay) -> ()");
+  // (h = silu(gate) up [M, K], h[:, indices] [M, s]); its gradients (dgate [M, K], dup [M, K]).
+  m.def("swiglu(Tensor gate, Tensor up, Tensor indices) -> (Tensor, Tensor)");
+  m.def("swiglu_backward(Tensor grad_h, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+
   // Selection of entries, on sorted unique arrays of int32 or int64.
   // The flat positions of the count largest rows[n] columns[k] but for those excluded: int64 [count], sorted.
   m.def("outer_product_topk(Tensor rows, Tensor columns, int count, Tensor exclude) -> Tensor");

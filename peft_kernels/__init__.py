@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import deltas, nn, ops, optim
+from . import channels, deltas, nn, ops, optim
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
-from .config import LoraConfig, SparseDeltaConfig
+from .config import LoraConfig, S2FTConfig, SparseDeltaConfig
 from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
 from .lottery_ticket import lottery_ticket_positions, rewind
@@ -25,10 +25,12 @@ __all__ = [
     "InjectionReport",
     "LoraConfig",
     "Reselector",
+    "S2FTConfig",
     "SparseDeltaCallback",
     "SparseDeltaConfig",
     "accelerate",
     "backend_report",
+    "channels",
     "deltas",
     "eject",
     "inject",

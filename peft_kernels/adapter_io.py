@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import targets
 from .adapter_files import KEY_PREFIX, read_adapter, write_adapter
 from .config import AdapterConfig
-from .families import AdapterLayer, Family, adapter_layers, family_of_file, family_of_layers
+from .families import AdapterLayer, Choices, Family, adapter_layers, family_of_file, family_of_layers
 from .inject import commit
 from .planning import Injection, first_peft_layer, injection_of, plan_injection, unwrapped
 from .reports import InjectionReport
@@ -109,7 +109,7 @@ def load_adapter(
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     names = [name for name in config.modules_to_save or () if any(targets.ends_in(path, name) for path in paths)]
     config = replace(config, inference_mode=not is_trainable, modules_to_save=names or None)
-    plan = plan_injection(model, config, None, autocast_adapter_dtype, family.positions_in(files))
+    plan = plan_injection(model, config, Choices(None, autocast_adapter_dtype, family.positions_in(files)))
     family.check_tensors(files, _tensors(model, family, plan.layers, plan.saved, config.bias))
     _warn_of_other_base(model, config)
     report = commit(model, plan)
@@ -125,7 +125,7 @@ def _adapter_of(model: nn.Module) -> tuple[Injection, Family, dict[str, AdapterL
     injection = injection_of(model)
     if injection is None:
         if not layers:
-            raise ValueError("model has no adapter: neither LoRALinear, SparseDeltaLinear nor PEFT layers")
+            raise ValueError("model has no adapter: neither LoRALinear, SparseDeltaLinear, S2FTLinear nor PEFT layers")
         if "" in layers:
             name = type(layers[""]).__name__
             raise ValueError(f"model is itself a {name}; put it into a module, so that it has a path to be saved under")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from . import targets
 from .config import AdapterConfig
-from .families import AdapterLayer, adapter_layers
+from .families import AdapterLayer, Choices, adapter_layers
+from .nn.swiglu_mlp import SwiGLUMLP
 from .planning import (
     STATE,
     Plan,
@@ -31,27 +33,31 @@ def inject(
     *,
     seed: int | None = None,
     autocast_adapter_dtype: bool = True,
-    positions: Mapping[str, Tensor] | None = None,
+    positions: Mapping[str, Any] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> InjectionReport:
     """Replaces the linear layers that `config` names by the family's drop-in, in place; freezes everything else.
 
-    `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`. Weights are shared, not
-    copied. What trains afterwards: the adapters, the biases that `config.bias` says, and the modules in
-    `config.modules_to_save` (in place; unlike PEFT no second copy is kept). A parameter shared between such a module
-    and another one is copied first, so that the other one stays frozen; the report notes it. A linear layer whose
-    weight is tied to another module's may get LoRA, which leaves the weight as it is; a sparse delta it may not. A
-    model that is already gradient checkpointing gets `enable_input_require_grads()`, as PEFT does; call it yourself
-    when you switch reentrant checkpointing on later.
+    `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`, `S2FTConfig`
+    `nn.S2FTLinear`. Weights are shared, not copied. What trains afterwards: the adapters, the biases that `config.bias`
+    says, and the modules in `config.modules_to_save` (in place; unlike PEFT no second copy is kept). A parameter shared
+    between such a module and another one is copied first, so that the other one stays frozen; the report notes it. A
+    linear layer whose weight is tied to another module's may get LoRA, which leaves the weight as it is; the others it
+    may not. A model that is already gradient checkpointing gets `enable_input_require_grads()`, as PEFT does; call it
+    yourself when you switch reentrant checkpointing on later.
 
     Args:
         model: any module; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
-        config: a `LoraConfig` or a `SparseDeltaConfig`, or PEFT's `LoraConfig`.
+        config: a `LoraConfig`, a `SparseDeltaConfig` or an `S2FTConfig`, or PEFT's `LoraConfig`.
         seed: draws the initial factors or positions from this seed, leaving torch's generators alone; None draws from
             torch's default CPU generator.
         autocast_adapter_dtype: True keeps what trains in float32 over a bfloat16 or float16 model (PEFT's default);
             False gives it the base weight's dtype.
         positions: for sparse deltas, which entries of each weight train, instead of those that the configuration
-            would choose: sorted, unique flat positions (int32 or int64) by path, for every adapted layer.
+            would choose: sorted, unique flat positions (int32 or int64) by path, for every adapted layer. For S2FT
+            `channels.Slice` objects by path, for the layers that are to train.
+        calibration: batches, as keyword arguments of the model, for an `S2FTConfig` that selects by activations or
+            gradients; gone through once, one at a time.
 
     Returns:
         Layer by layer what was replaced and what was left alone, and why.
@@ -60,7 +66,10 @@ def inject(
         ValueError, TypeError: nothing matches (the message lists what could), a named module cannot be replaced, the
             model has adapters already, or an option is not supported. The model is then as it was.
     """
-    return commit(model, plan_injection(model, config, seed, autocast_adapter_dtype, positions))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return commit(
+        model, plan_injection(model, config, Choices(generator, autocast_adapter_dtype, positions, calibration))
+    )
 
 
 def commit(model: nn.Module, plan: Plan) -> InjectionReport:
@@ -71,6 +80,10 @@ def commit(model: nn.Module, plan: Plan) -> InjectionReport:
     for path, layer in plan.layers.items():
         for place in plan.places[path]:
             _put(model, place, layer)
+    for paths, names in plan.mlps.items():
+        mlp = SwiGLUMLP.over(model.get_submodule(paths[0]), *names)
+        for place in paths:
+            _put(model, place, mlp)
     for owner, name, parameter in plan.untied:
         setattr(owner, name, parameter)
     setattr(model, STATE, plan.injection)
@@ -138,18 +151,27 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         raise ValueError(f"model is itself a {type(layers['']).__name__}; use its to_linear(merge)")
     if merge:
         _check_mergeable(layers)
-    places = paths_of(dict(model.named_modules(remove_duplicate=False)))
+    everything = dict(model.named_modules(remove_duplicate=False))
+    places = paths_of(everything)
     tied = _tied_weights(model, layers) if merge else []
     for layer in layers.values():
         # One layer at a time, so that merging needs the memory of one weight and not of all.
         linear = layer.to_linear(merge)
         for place in places[id(layer)]:
             _put(model, place, linear)
+    for paths in paths_of(
+        {path: module for path, module in everything.items() if isinstance(module, SwiGLUMLP)}
+    ).values():
+        mlp = model.get_submodule(paths[0]).restored()
+        for place in paths:
+            _put(model, place, mlp)
     injection = injection_of(model)
     if injection is not None:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in injection.trainable_before)
         delattr(model, STATE)
+        if injection.permutation is not None:
+            injection.permutation.undo(model)
     if tied:
         warnings.warn(f"merged weights are no longer tied to other modules': {shortened(tied, ', ')}", stacklevel=2)
 

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import targets
+from .channels import Permutation
 from .config import AdapterConfig
-from .families import LAYER_TYPES, AdapterLayer, Family, family_of_config
+from .families import LAYER_TYPES, AdapterLayer, Choices, Family, family_of_config
 from .nn.linear import type_name
 from .reports import LayerReport
 
 STATE = "_peft_kernels_injection"
 """Name of the model's attribute that holds its `Injection`."""
+
+_NOT_CHOSEN = "nothing of it was chosen to train"
 
 _PEFT_PARAMETERS = frozenset(("lora_A", "shira_weight", "supertuning_values"))
 """By which PEFT's layers of each method are known."""
@@ -31,12 +33,14 @@ class Injection:
         layers: paths of the adapted layers.
         saved_modules: paths of the modules trained in full.
         trainable_before: names of the parameters that trained before.
+        permutation: how channels of the model were moved, for `eject` to move them back; None where they were not.
     """
 
     config: Any
     layers: tuple[str, ...]
     saved_modules: tuple[str, ...]
     trainable_before: frozenset[str]
+    permutation: Permutation | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Plan:
     places: dict[str, tuple[str, ...]]
     saved: dict[str, nn.Module]
     untied: tuple[tuple[nn.Module, str, nn.Parameter], ...]
+    mlps: dict[tuple[str, ...], tuple[str, str, str]]
     rows: tuple[LayerReport, ...]
     notes: tuple[str, ...]
 
@@ -85,32 +90,28 @@ def injection_of(model: nn.Module) -> Injection | None:
     return unwrapped(model).__dict__.get(STATE)
 
 
-def plan_injection(
-    model: nn.Module,
-    config: Any,
-    seed: int | None,
-    autocast_adapter_dtype: bool,
-    positions: Mapping[str, Tensor] | None = None,
-) -> Plan:
-    """Everything of `inject` that can fail; arguments and errors are those of `inject`."""
+def plan_injection(model: nn.Module, config: Any, choices: Choices) -> Plan:
+    """Everything of `inject` that can fail; errors are those of `inject`."""
     family = family_of_config(config)
-    config = _checked_config(config, family)
     _check_model(model)
+    config = family.resolved(model, _checked_config(config, family))
     modules = dict(model.named_modules(remove_duplicate=False))
     saved = _modules_to_save(config, modules)
     holders = paths_of(modules)
     chosen, rows, notes = _choose(model, config, family, modules, holders)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
     linears = {path: module for path in chosen if isinstance(module := modules[path], nn.Linear)}
     parameters = model.named_parameters(remove_duplicate=False)
     before = frozenset(name for name, parameter in parameters if parameter.requires_grad)
-    layers = family.build(config, linears, generator, autocast_adapter_dtype, positions)
-    places = {path: tuple(holders[id(modules[path])]) for path in chosen}
+    untied, untied_notes = _untied(model, saved)
+    built = family.build(model, config, linears, choices)
+    places = {path: tuple(holders[id(modules[path])]) for path in built.layers}
+    rows = [replace(row, reason=_NOT_CHOSEN) if row.fused and row.path not in built.layers else row for row in rows]
     if targets.wants_all_linear(config):
         config = replace(config, target_modules=targets.names_for(chosen, modules), exclude_modules=None)
-    untied, untied_notes = _untied(model, saved)
-    injection = Injection(config, tuple(layers), tuple(saved), before)
-    return Plan(injection, family, layers, places, saved, untied, tuple(rows), tuple(notes + untied_notes))
+    injection = Injection(config, tuple(built.layers), tuple(saved), before, built.permutation)
+    mlps = {tuple(holders[id(modules[path])]): names for path, names in built.mlps.items()}
+    all_notes = (*notes, *built.notes, *untied_notes)
+    return Plan(injection, family, built.layers, places, saved, untied, mlps, tuple(rows), all_notes)
 
 
 def _checked_config(config: Any, family: Family) -> AdapterConfig:

@@ -17,9 +17,10 @@ from peft_kernels.backends import Registration
 from .support.lora import random_layer
 from .support.operators import OPERATORS
 from .support.places import GPU, LAYER_OPERATORS
+from .support.s2ft import OPERATORS as S2FT_OPERATORS
 from .support.sparse_delta import OPERATORS as SPARSE_OPERATORS
 
-EVERY_OPERATOR = ("dropout_mask", *OPERATORS, *SPARSE_OPERATORS)
+EVERY_OPERATOR = ("dropout_mask", *OPERATORS, *SPARSE_OPERATORS, *S2FT_OPERATORS)
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 

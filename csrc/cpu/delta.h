@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "capability.h"
 #include "lora_products.h"
@@ -24,6 +25,19 @@ inline const SparseKernels& choose_sparse_kernels() {
 inline const SparseKernels& sparse_kernels() {
   static const SparseKernels& table = choose_sparse_kernels();
   return table;
+}
+
+inline AdamWStep adamw_step(int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay) {
+  const double steps = static_cast<double>(step);
+  return {
+      .decay = 1.0 - lr * weight_decay,
+      .first_weight = 1.0 - beta1,
+      .second_kept = beta2,
+      .second_weight = 1.0 - beta2,
+      .correction = 1.0 / std::sqrt(1.0 - std::pow(beta2, steps)),
+      .eps = eps,
+      .rate = -lr / (1.0 - std::pow(beta1, steps)),
+  };
 }
 
 // Element `at` of a contiguous tensor's memory.

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
 namespace peft_kernels {
@@ -68,16 +67,7 @@ void sparse_adamw_(
   const bool written = check_write_back(op, weight, indices, original, values, true);
   check_adamw_numbers(op, step, lr, beta1, beta2, eps, weight_decay);
 
-  const double steps = static_cast<double>(step);
-  const AdamWStep numbers = {
-      .decay = 1.0 - lr * weight_decay,
-      .first_weight = 1.0 - beta1,
-      .second_kept = beta2,
-      .second_weight = 1.0 - beta2,
-      .correction = 1.0 / std::sqrt(1.0 - std::pow(beta2, steps)),
-      .eps = eps,
-      .rate = -lr / (1.0 - std::pow(beta1, steps)),
-  };
+  const AdamWStep numbers = adamw_step(step, lr, beta1, beta2, eps, weight_decay);
   const DType dtype = dtype_of(values.scalar_type());
   const int64_t bytes = values.element_size(), count = values.numel();
   void *p = values.data_ptr(), *m = exp_avg.data_ptr(), *v = exp_avg_sq.data_ptr();

@@ -2,6 +2,7 @@
 
 from .base import AdapterConfig
 from .lora import LoraConfig
+from .s2ft import S2FTConfig
 from .sparse_delta import SparseDeltaConfig
 
-__all__ = ["AdapterConfig", "LoraConfig", "SparseDeltaConfig"]
+__all__ = ["AdapterConfig", "LoraConfig", "S2FTConfig", "SparseDeltaConfig"]

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from ..config import AdapterConfig
-from .base import AdapterLayer, Family
+from .base import AdapterLayer, Choices, Family
 from .lora import LORA
+from .s2ft import S2FT
 from .sparse_delta import SPARSE_DELTA
 
-FAMILIES: tuple[Family, ...] = (LORA, SPARSE_DELTA)
+FAMILIES: tuple[Family, ...] = (LORA, S2FT, SPARSE_DELTA)
 LAYER_TYPES = tuple(kind for family in FAMILIES for kind in family.layer_types)
 
 
@@ -22,8 +23,8 @@ def family_of_config(config: Any) -> Family:
         return next(family for family in FAMILIES if isinstance(config, family.config_type))
     if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
         return family_of_file(config.to_dict())
-    names = " or a ".join(family.config_type.__name__ for family in FAMILIES)
-    raise TypeError(f"config must be a {names}, got {type(config).__name__}")
+    names = ", ".join(family.config_type.__name__ for family in FAMILIES)
+    raise TypeError(f"config must be one of {names}, got {type(config).__name__}")
 
 
 def family_of_file(values: dict[str, Any]) -> Family:
@@ -56,6 +57,7 @@ __all__ = [
     "FAMILIES",
     "LAYER_TYPES",
     "AdapterLayer",
+    "Choices",
     "Family",
     "adapter_layers",
     "family_of_config",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter_files import KEY_PREFIX, AdapterFiles, check_tensors
+from ..channels import Permutation
 from ..config import AdapterConfig
 
 
@@ -27,6 +29,41 @@ class AdapterLayer(Protocol):
     def unmerge(self) -> None: ...
 
     def to_linear(self, merge: bool) -> nn.Linear: ...
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides, beside the configuration, which part of each weight trains and from where it starts.
+
+    Attributes:
+        generator: for what is drawn at random; None means torch's default CPU generator.
+        autocast_adapter_dtype: as in `inject`.
+        positions: which part of each weight trains, by path, for the families that choose one; None leaves the choice
+            to the configuration.
+        calibration: batches that a choice may be made by, as keyword arguments of the model.
+    """
+
+    generator: torch.Generator | None = None
+    autocast_adapter_dtype: bool = True
+    positions: Mapping[str, Any] | None = None
+    calibration: Iterable[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a family makes of a model.
+
+    Attributes:
+        layers: the drop-ins by path, for the layers that got one.
+        permutation: how channels of the model were moved for them; None where they were not.
+        mlps: by path, the names of the gate, up and down layers of MLPs that can run as a `SwiGLUMLP`.
+        notes: what the report should say beside.
+    """
+
+    layers: dict[str, Any]
+    permutation: Permutation | None = None
+    mlps: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Family(ABC):
@@ -56,23 +93,20 @@ class Family(ABC):
             shared: whether another module of the model has the same weight.
         """
 
+    def resolved(self, model: nn.Module, config: Any) -> Any:
+        """The configuration with what it leaves to the model's structure spelled out."""
+        return config
+
     @abstractmethod
-    def build(
-        self,
-        config: Any,
-        linears: Mapping[str, nn.Linear],
-        generator: torch.Generator | None,
-        autocast_adapter_dtype: bool,
-        positions: Mapping[str, Tensor] | None,
-    ) -> dict[str, Any]:
-        """The drop-ins over these layers, by path; the layers are not changed.
+    def build(self, model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], choices: Choices) -> Built:
+        """The drop-ins over these layers; the layers are not changed, but perhaps permuted, by a configuration that
+        asks for it. Raises before anything is.
 
         Args:
+            model: where the layers are.
             config: of `config_type`.
             linears: the layers to adapt, by path.
-            generator: for what is drawn at random; None means torch's default CPU generator.
-            autocast_adapter_dtype: as in `inject`.
-            positions: which entries of each weight to train, by path, for the families that choose entries.
+            choices: what the configuration does not say.
         """
 
     @abstractmethod
@@ -95,7 +129,7 @@ class Family(ABC):
         """A file's tensors as our layers hold them."""
         return files
 
-    def positions_in(self, files: AdapterFiles) -> dict[str, Tensor] | None:
+    def positions_in(self, files: AdapterFiles) -> Mapping[str, Any] | None:
         """The `positions` that `build` takes, from a file."""
         return None
 

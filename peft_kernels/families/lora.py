@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from .. import targets
@@ -16,7 +15,7 @@ from ..adapter_files import AdapterFiles
 from ..config import LoraConfig
 from ..nn.linear import takeover_obstacle
 from ..nn.lora import LoRALinear
-from .base import Family
+from .base import Built, Choices, Family
 
 
 class _LoRA(Family):
@@ -27,15 +26,8 @@ class _LoRA(Family):
     def obstacle(self, linear: nn.Module, shared: bool) -> str | None:
         return takeover_obstacle(linear)
 
-    def build(
-        self,
-        config: LoraConfig,
-        linears: Mapping[str, nn.Linear],
-        generator: torch.Generator | None,
-        autocast_adapter_dtype: bool,
-        positions: Mapping[str, Tensor] | None,
-    ) -> dict[str, LoRALinear]:
-        if positions is not None:
+    def build(self, model: nn.Module, config: LoraConfig, linears: Mapping[str, nn.Linear], choices: Choices) -> Built:
+        if choices.positions is not None:
             raise ValueError("LoRA chooses no entries, so positions must be None")
         layers: dict[str, LoRALinear] = {}
         for path, linear in linears.items():
@@ -43,10 +35,10 @@ class _LoRA(Family):
                 r=targets.pattern_value(config.rank_pattern, path, config.r),
                 lora_alpha=targets.pattern_value(config.alpha_pattern, path, config.lora_alpha),
             )
-            if not autocast_adapter_dtype:
+            if not choices.autocast_adapter_dtype:
                 options = replace(options, adapter_dtype=linear.weight.dtype)
-            layers[path] = LoRALinear.over(linear, options, generator)
-        return layers
+            layers[path] = LoRALinear.over(linear, options, choices.generator)
+        return Built(layers)
 
     def parameters(self, layer: LoRALinear) -> tuple[nn.Parameter, ...]:
         return layer.lora_a, layer.lora_b

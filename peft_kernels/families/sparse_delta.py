@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops, targets
@@ -19,7 +18,7 @@ from ..nn.quantized import quantized_kind
 from ..nn.quantized_sparse_delta import QuantizedSparseDeltaLinear
 from ..nn.rosa import RoSALinear
 from ..nn.sparse_delta import SparseDeltaLinear
-from .base import Family
+from .base import Built, Choices, Family
 
 DeltaLayer = SparseDeltaLinear | QuantizedSparseDeltaLinear
 _VALUES, _INDICES = "supertuning_values", "supertuning_indices"
@@ -44,13 +43,9 @@ class _SparseDelta(Family):
         return reason
 
     def build(
-        self,
-        config: SparseDeltaConfig,
-        linears: Mapping[str, nn.Linear],
-        generator: torch.Generator | None,
-        autocast_adapter_dtype: bool,
-        positions: Mapping[str, Tensor] | None,
-    ) -> dict[str, DeltaLayer]:
+        self, model: nn.Module, config: SparseDeltaConfig, linears: Mapping[str, nn.Linear], choices: Choices
+    ) -> Built:
+        positions = choices.positions
         if positions is not None and positions.keys() != linears.keys():
             missing = sorted(linears.keys() - positions.keys()) or sorted(positions.keys() - linears.keys())
             raise ValueError(
@@ -67,7 +62,7 @@ class _SparseDelta(Family):
             entries: dict[str, Any] = {
                 "num_deltas": counts[path] if indices is None else None,
                 "indices": indices,
-                "generator": generator,
+                "generator": choices.generator,
             }
             try:
                 if quantized_kind(linear) is not None:
@@ -75,13 +70,13 @@ class _SparseDelta(Family):
                         raise ValueError('selection "magnitude" needs a dense weight, and this one is quantised')
                     layers[path] = QuantizedSparseDeltaLinear(linear, **entries)
                     continue
-                adapter_dtype = None if autocast_adapter_dtype else linear.weight.dtype
+                adapter_dtype = None if choices.autocast_adapter_dtype else linear.weight.dtype
                 layers[path] = SparseDeltaLinear.over(
                     linear, selection=selection, adapter_dtype=adapter_dtype, **entries
                 )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from None
-        return layers
+        return Built(layers)
 
     def parameters(self, layer: DeltaLayer) -> tuple[nn.Parameter, ...]:
         return (layer.values,)

@@ -3,6 +3,8 @@
 from .lora import LoRALinear
 from .quantized_sparse_delta import QuantizedSparseDeltaLinear
 from .rosa import RoSALinear
+from .s2ft import S2FTLinear
 from .sparse_delta import SparseDeltaLinear
+from .swiglu_mlp import SwiGLUMLP
 
-__all__ = ["LoRALinear", "QuantizedSparseDeltaLinear", "RoSALinear", "SparseDeltaLinear"]
+__all__ = ["LoRALinear", "QuantizedSparseDeltaLinear", "RoSALinear", "S2FTLinear", "SparseDeltaLinear", "SwiGLUMLP"]

@@ -2,6 +2,8 @@
 
 from . import deltas
 from .lora import lora_linear, lora_merged_weight
+from .s2ft import check_channels, s2ft_linear
+from .s2ft_swiglu import swiglu_s2ft
 from .sparse_delta import check_indices, quantized_sparse_delta_linear, sparse_delta_linear
 from .sparse_delta_parts import attach_delta, reordered
 from .sparse_selection import (
@@ -16,6 +18,7 @@ from .sparse_selection import (
 
 __all__ = [
     "attach_delta",
+    "check_channels",
     "check_indices",
     "deltas",
     "gradient_topk",
@@ -24,10 +27,12 @@ __all__ = [
     "outer_product_topk",
     "quantized_sparse_delta_linear",
     "reordered",
+    "s2ft_linear",
     "sorted_contains",
     "sorted_difference",
     "sorted_intersection",
     "sorted_merge",
     "sorted_union",
     "sparse_delta_linear",
+    "swiglu_s2ft",
 ]

@@ -40,21 +40,28 @@ def check_indices(indices: Tensor, numel: int) -> None:
         TypeError: the dtype is another one.
         ValueError: anything else; the message names the first entry that is wrong.
     """
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 or int64, got {_described(indices)}")
+    check_sorted(indices, numel, (torch.int32, torch.int64), "the weight has elements")
+
+
+def check_sorted(indices: Tensor, size: int, dtypes: tuple[torch.dtype, ...], counted: str) -> None:
+    """Raises as `check_indices` does unless `indices` are sorted and unique in `[0, size)` and of one of `dtypes`.
+
+    `counted` says in the message what `size` counts.
+    """
+    if indices.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"indices must be {names}, got {_described(indices)}")
     if indices.dim() != 1:
         raise ValueError(f"indices must be 1-D, got {_described(indices)}")
     if not indices.is_contiguous():
         raise ValueError(f"indices must be contiguous, got {_described(indices)} with stride {indices.stride(0)}")
-    if indices.numel() > numel:
-        raise ValueError(
-            f"indices must be at most as many as the weight has elements, {numel}, got {_described(indices)}"
-        )
+    if indices.numel() > size:
+        raise ValueError(f"indices must be at most as many as {counted}, {size}, got {_described(indices)}")
     # An int32 tensor cannot be compared with a number that int32 does not hold; it is below such a number anyway.
-    largest = min(numel - 1, torch.iinfo(indices.dtype).max)
+    largest = min(size - 1, torch.iinfo(indices.dtype).max)
     at = _first((indices < 0) | (indices > largest))
     if at is not None:
-        raise ValueError(f"indices must be in [0, {numel}), got {int(indices[at])} at position {at}")
+        raise ValueError(f"indices must be in [0, {size}), got {int(indices[at])} at position {at}")
     at = _first(indices[1:] <= indices[:-1])
     if at is None:
         return

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import deltas, lora, sparse_delta, sparse_selection
+from . import deltas, lora, s2ft, sparse_delta, sparse_selection
 from .case import Case
 
-FAMILIES = (lora, sparse_delta, sparse_selection, deltas)
+FAMILIES = (lora, s2ft, sparse_delta, sparse_selection, deltas)
 """Modules that supply inputs: `OPERATORS`, names, and `cases(operator, dtype)`."""
 
 _Cases = Callable[[str, torch.dtype], Iterable[Case]]

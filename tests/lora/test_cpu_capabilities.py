@@ -19,7 +19,7 @@ NEEDS = {
     "amx": ("avx512f", "avx512_bf16", "amx_bf16"),
 }
 # Exact results over ranks, sizes, strides and dtypes, the accuracy of each rank, and the masks.
-CHOSEN = "cpu-cpu and (exact or test_ranks or same_bits_on_every)"
+CHOSEN = "cpu-cpu and (exact or test_ranks or same_bits_on_every or every_size_of_gate)"
 SHRINK = "torch.ops.peft_kernels.lora_shrink(torch.ones(2, 3), torch.ones(1, 3), 1.0, 0.0, None)"
 MASK = "torch.ops.peft_kernels.dropout_mask(1, 8, 0.5, torch.zeros(2, dtype=torch.int64))"
 SAMPLED = "torch.ops.peft_kernels.sampled_product(*[torch.ones(1, 2)] * 2, torch.zeros(1).int(), torch.float32)"
@@ -47,6 +47,7 @@ def test_kernels_of_every_capability(capability):
         pytest.skip(f"{capability} is what every other test of this run uses")
     files = [f"tests/lora/test_{name}.py" for name in ("operators", "properties", "philox")]
     files.append("tests/sparse_delta/test_sampled_product.py")
+    files += [f"tests/s2ft/test_{name}.py" for name in ("gather_columns", "slice_grad", "swiglu")]
     done = run(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *files)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -171,7 +171,7 @@ def test_inference_mode_freezes_everything(llama):
         (pk.LoraConfig(modules_to_save=["pooler"]), "modules_to_save names 'pooler', but no module's path ends in it"),
         (pk.LoraConfig(modules_to_save=["layers"]), "modules_to_save cannot hold model.layers, a nn.ModuleList"),
         (pk.LoraConfig(target_modules=["q_proj"], exclude_modules=".*"), "no layer matches .*exclude_modules"),
-        ({"r": 8}, "config must be a LoraConfig or a SparseDeltaConfig, got dict"),
+        ({"r": 8}, "config must be one of LoraConfig, S2FTConfig, SparseDeltaConfig, got dict"),
     ],
 )
 def test_nothing_is_changed_when_injecting_fails(llama, config, message):

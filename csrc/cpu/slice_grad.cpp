@@ -1,0 +1,223 @@
+// The gradient of a slice of channels on the CPU, grad_out[:, indices]^T x: grad_out [M, A], x [M, B] -> [s or A, B].
+//
+// One of the two operands has few columns, the other one many. The few are transposed, or packed, for all threads once;
+// the many are read once, a block of columns at a time, and multiplied with all of the few while they are in cache.
+// Bytes: both operands once, of grad_out the lines that hold a channel, and the result. FLOP: 2 M s B. On matrix tiles
+// for bfloat16 and, from kFewestOnTiles columns on, for float32, as sums of bfloat16 terms; else on the vectors of
+// selection_kernels.h, in float, or double for double.
+//
+// The way and the chunks of M follow from the shape, so that the bits are the same for any number of threads.
+#include "../common/slice_checks.h"
+#include "lora_checks.h"
+#include "lora_products.h"
+#include "sampled_kernels.h"
+#include "selection_kernels.h"
+#include "slice_tiles.h"
+#include "slices.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kFewestOnTiles = 16;      // splitting the many into terms takes as long as these do on vectors
+constexpr int64_t kVectorRowsAtOnce = 512;  // of M on vectors
+constexpr int64_t kStripBytes = 1 << 20;    // of the many, packed, and their sums: half of a common second cache
+constexpr int64_t kUnitColumns = 32;        // transposed at a time
+
+Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
+
+// Rows [first, first + rows) of a matrix.
+Matrix rows_of(const Matrix& matrix, int64_t first, int64_t rows, int64_t element_bytes) {
+  return {at(matrix.data, element_bytes * matrix.row_stride, first), rows, matrix.columns, matrix.row_stride};
+}
+
+// Both operands [M, ...], and which of them has few columns.
+struct Operands {
+  Matrix few, many;
+  int64_t element_bytes;
+  DType dtype;
+};
+
+// The few columns, transposed and as tiles: what is read often, laid out once.
+class Columns {
+ public:
+  Columns(const SliceTiles& tiles, const Operands& operands)
+      : few_(round_up(operands.few.columns, kSliceColumns)),
+        steps_(divide_up(operands.few.rows, kSliceDepth)),
+        memory_(few_ * steps_ * kSliceDepth * tiles.terms * sizeof(uint16_t)) {
+    const Matrix& few = operands.few;
+    const SampledKernel& kernel = sampled_kernel_for(operands.dtype);
+    const int64_t stride = (steps_ + 1) * kSliceDepth;  // columns start in different sets of the caches
+    parallel_units(few.columns, kSliceColumns, few.rows, [&](int64_t begin, int64_t end) {
+      const Scratch columns(kSliceColumns * stride * kernel.element_bytes);
+      for (int64_t j = begin; j < end; j += kSliceColumns) {
+        const int64_t last = std::min(end, j + kSliceColumns);
+        kernel.transpose(few, 0, few.rows, j, last, columns.get(), stride);
+        tiles.pack(columns.get(), stride, few.rows, j, last, get());
+      }
+    });
+  }
+  SliceColumns get() const { return {static_cast<uint16_t*>(memory_.get()), few_, steps_}; }
+
+ private:
+  int64_t few_, steps_;
+  Scratch memory_;
+};
+
+// sums [few, stride], of which the columns of `many` are written. A sum depends on its two columns alone, so that
+// strips may follow from the number of threads.
+void multiply_on_tiles(const SliceTiles& tiles, const Operands& operands, float* sums, int64_t stride) {
+  const Matrix& many = operands.many;
+  const Columns columns(tiles, operands);
+  const SliceColumns few = columns.get();
+  const int64_t workspace_bytes = tiles.chunk_rows * kSliceColumns * tiles.terms * sizeof(uint16_t);
+  // The numbers of a chunk in a strip, and its sums, share the second cache.
+  const int64_t fitting = kStripBytes / (tiles.chunk_rows * tiles.element_bytes + few.few * sizeof(float));
+  const int64_t share = round_up(divide_up(many.columns, torch::stable::get_num_threads()), kSliceColumns);
+  const int64_t strip = std::clamp(fitting / kSliceColumns * kSliceColumns, kSliceColumns, share);
+  parallel_units(many.columns, strip, many.rows * 8, [&](int64_t begin, int64_t end) {
+    const Scratch workspace(workspace_bytes), sum_memory(few.few * strip * sizeof(float));
+    float* blocks = static_cast<float*>(sum_memory.get());
+    for (int64_t c = begin; c < end; c += strip) {
+      const int64_t last = std::min(end, c + strip);
+      for (int64_t first = 0; first < many.rows; first += tiles.chunk_rows) {
+        tiles.multiply(few, many, first, c, last, workspace.get(), blocks);
+      }
+      tiles.store(blocks, few.few, operands.few.columns, last - c, sums + c, stride);
+    }
+  });
+}
+
+// The same on vectors: sums [few, stride] with rows and columns rounded up to whole panels.
+template <typename acc>
+void multiply_on_vectors(const SelectionProduct& kernel, const Operands& operands, acc* sums, int64_t stride) {
+  const int64_t rows = operands.few.rows, width = kernel.right_width;
+  const int64_t few = round_up(operands.few.columns, kernel.left_width);
+  const int64_t longest = std::min(rows, kVectorRowsAtOnce);
+  const int64_t panel_bytes = longest * width * sizeof(acc);
+  const int64_t strip = width * std::max<int64_t>(1, kStripBytes / panel_bytes);
+  const Scratch left_memory(few * longest * sizeof(acc));
+  for (int64_t first = 0; first < rows; first += kVectorRowsAtOnce) {
+    const int64_t depth = std::min(kVectorRowsAtOnce, rows - first);
+    const Matrix left = rows_of(operands.few, first, depth, operands.element_bytes);
+    const Matrix right = rows_of(operands.many, first, depth, operands.element_bytes);
+    parallel_units(left.columns, kernel.left_width, 4 * depth, [&](int64_t begin, int64_t end) {
+      kernel.pack_left(left, begin, end, at(left_memory.get(), sizeof(acc) * depth, begin));
+    });
+    parallel_units(right.columns, strip, depth * few, [&](int64_t begin, int64_t end) {
+      const Scratch right_memory(strip * depth * sizeof(acc));
+      const Scratch product_memory(first == 0 ? 0 : few * strip * sizeof(acc));
+      acc* product = static_cast<acc*>(product_memory.get());
+      for (int64_t c = begin; c < end; c += strip) {
+        const int64_t columns = std::min(strip, end - c), padded = round_up(columns, width);
+        kernel.pack_right(right, c, c + columns, right_memory.get());
+        if (first == 0) {
+          kernel.multiply(left_memory.get(), few, right_memory.get(), padded, depth, sums + c, stride);
+          continue;
+        }
+        kernel.multiply(left_memory.get(), few, right_memory.get(), padded, depth, product, strip);
+        for (int64_t j = 0; j < few; ++j) {
+          acc* row = sums + j * stride + c;
+          for (int64_t i = 0; i < columns; ++i) row[i] += product[j * strip + i];
+        }
+      }
+    });
+  }
+}
+
+// out [few, many], or [many, few] when transposed, from sums in another dtype.
+void finish(const Operands& operands, const void* sums, int64_t stride, bool transposed, const Tensor& out) {
+  const DType wide = operands.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const auto cast = slice_kernels().cast[static_cast<int>(wide)][static_cast<int>(dtype_of(out.scalar_type()))];
+  const int64_t few = operands.few.columns, many = operands.many.columns;
+  const int64_t sum_bytes = accumulation_bytes(wide), bytes = out.element_size();
+  void* to = out.data_ptr();
+  if (!transposed) {
+    parallel_units(few, 1, many, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) cast(at(sums, sum_bytes * stride, j), at(to, bytes * many, j), many);
+    });
+    return;
+  }
+  const SampledKernel& kernel = sampled_kernel_for(wide);
+  const int64_t length = round_up(few, kernel.lanes);
+  const Matrix matrix = {const_cast<void*>(sums), few, many, stride};
+  parallel_units(many, kUnitColumns, 4 * few, [&](int64_t begin, int64_t end) {
+    const Scratch memory(kUnitColumns * length * sum_bytes);
+    for (int64_t c = begin; c < end; c += kUnitColumns) {
+      const int64_t columns = std::min(kUnitColumns, end - c);
+      kernel.transpose(matrix, 0, few, c, c + columns, memory.get(), length);
+      for (int64_t i = 0; i < columns; ++i) {
+        cast(at(memory.get(), sum_bytes * length, i), at(to, bytes * few, c + i), few);
+      }
+    }
+  });
+}
+
+// The tiles that multiply `few` columns of a dtype, or null where vectors do.
+const SliceTiles* slice_tiles_for(DType dtype, int64_t few) {
+#if defined(__x86_64__)
+  if (sampled_tiles_for(DType::bf16) == nullptr) return nullptr;
+  if (dtype == DType::bf16) return &slice_tiles_bf16;
+  if (dtype == DType::f32 && few >= kFewestOnTiles) return &slice_tiles_f32;
+#endif
+  return nullptr;
+}
+
+template <typename acc>
+void multiply(const Operands& operands, bool transposed, const Tensor& out) {
+  const int64_t few = operands.few.columns, many = operands.many.columns;
+  if constexpr (std::is_same_v<acc, float>) {
+    if (const SliceTiles* tiles = slice_tiles_for(operands.dtype, few)) {
+      const bool in_place = !transposed && out.scalar_type() == ScalarType::Float;
+      const Scratch memory(in_place ? 0 : few * many * sizeof(float));
+      float* sums = static_cast<float*>(in_place ? out.data_ptr() : memory.get());
+      multiply_on_tiles(*tiles, operands, sums, many);
+      return in_place ? void() : finish(operands, sums, many, transposed, out);
+    }
+  }
+  const SelectionProduct& kernel = selection_kernels().products[static_cast<int>(operands.dtype)];
+  const int64_t stride = round_up(many, kernel.right_width);
+  const Scratch memory(round_up(few, kernel.left_width) * stride * sizeof(acc));
+  multiply_on_vectors(kernel, operands, static_cast<acc*>(memory.get()), stride);
+  finish(operands, memory.get(), stride, transposed, out);
+}
+
+Tensor slice_grad(Tensor grad_out, Tensor x, std::optional<Tensor> indices, ScalarType dtype) {
+  constexpr const char* op = "slice_grad";
+  const DType activations = activation_dtype(op, "grad_out", grad_out);
+  const int64_t channels = check_slice_grad(op, grad_out, x, indices), rows = grad_out.size(0);
+  check_grad_dtype(op, dtype, true);
+  Tensor out = new_tensor(x, {channels, x.size(1)}, dtype);
+  if (out.numel() == 0) return out;
+  if (rows == 0) {
+    std::memset(out.data_ptr(), 0, out.numel() * out.element_size());
+    return out;
+  }
+  const Scratch gathered(indices.has_value() ? rows * channels * grad_out.element_size() : 0);
+  if (indices.has_value()) gather_columns_into(grad_out, *indices, gathered.get());
+  const Tensor dy = indices.has_value() ? grad_out : with_unit_columns(grad_out), right = with_unit_columns(x);
+  const Matrix left = indices.has_value() ? Matrix{gathered.get(), rows, channels, channels} : matrix_of(dy);
+  const bool transposed = left.columns > right.size(1);
+  const Operands operands = {
+      .few = transposed ? matrix_of(right) : left,
+      .many = transposed ? left : matrix_of(right),
+      .element_bytes = static_cast<int64_t>(x.element_size()),
+      .dtype = activations};
+  if (activations == DType::f64) {
+    multiply<double>(operands, transposed, out);
+  } else {
+    multiply<float>(operands, transposed, out);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace peft_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) { m.impl("slice_grad", TORCH_BOX(&peft_kernels::slice_grad)); }

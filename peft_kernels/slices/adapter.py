@@ -1,0 +1,129 @@
+"""What an adapter of slices is: by layer, which channels it changes and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..channels.slices import Slice
+from ..nn.s2ft import S2FTLinear
+
+
+@dataclass(frozen=True, eq=False)
+class SliceUpdate:
+    """What one layer's weight W `[N, K]` gets: `W[:, indices] += change` or `W[indices, :] += change`.
+
+    Attributes:
+        slice: the channels, and whether they are input or output channels.
+        change: `[N, s]` for input channels, `[s, K]` for output channels; floating point.
+        shape: of W.
+
+    Raises:
+        ValueError: change or the channels do not fit W.
+    """
+
+    slice: Slice
+    change: Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        indices = self.slice.indices
+        expected = list(self.shape)
+        expected[self.axis] = indices.numel()
+        if list(self.change.shape) != expected or not self.change.is_floating_point():
+            raise ValueError(
+                f"change must be floating {expected}, {indices.numel()} {self.slice.dim} channels of a weight "
+                f"{list(self.shape)}, got {self.change.dtype} {list(self.change.shape)}"
+            )
+        if indices.numel() and int(indices[-1]) >= self.shape[self.axis]:
+            raise ValueError(f"indices must be below {self.shape[self.axis]}, got {int(indices[-1])}")
+
+    @property
+    def axis(self) -> int:
+        """The dimension of W that channels are counted along: 1 for input channels, 0 for output channels."""
+        return 1 if self.slice.dim == "input" else 0
+
+
+class SliceAdapter(Mapping[str, SliceUpdate]):
+    """What a model's layers get, by path. Immutable.
+
+    Args:
+        updates: by path of the layer.
+        base_model: name or path of the model that it was trained on, where that is known.
+    """
+
+    def __init__(self, updates: Mapping[str, SliceUpdate], base_model: str | None = None) -> None:
+        self._updates = dict(updates)
+        self.base_model = base_model
+
+    def __getitem__(self, path: str) -> SliceUpdate:
+        return self._updates[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._updates)
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds, indices aside."""
+        return sum(update.change.numel() for update in self._updates.values())
+
+    def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The plain layers of `model` that this adapter is about, by path.
+
+        Raises:
+            ValueError: a layer is missing, is no plain `nn.Linear`, or has a weight of another size.
+        """
+        found: dict[str, nn.Linear] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path, update in self._updates.items():
+            module = modules.get(path)
+            if module is None or type(module) is not nn.Linear:
+                kind = "missing" if module is None else f"a {type(module).__name__}"
+                raise ValueError(f"{path} must be a plain nn.Linear, it is {kind}; eject adapters first")
+            if tuple(module.weight.shape) != update.shape:
+                raise ValueError(
+                    f"{path} must have a weight {list(update.shape)}, as the adapter, got {list(module.weight.shape)}"
+                )
+            found[path] = module
+        return found
+
+    def __repr__(self) -> str:
+        channels = sum(update.slice.indices.numel() for update in self._updates.values())
+        return f"SliceAdapter({len(self)} layers, {channels} channels, {self.numel} numbers)"
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name or path that a model was loaded from, as transformers remembers it."""
+    config = getattr(model, "config", None)
+    return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+
+
+def taken(layer: S2FTLinear) -> SliceUpdate:
+    """What one layer has been trained to, with channels as they were numbered before any co-permutation."""
+    indices, change = layer.indices.cpu(), layer.change()
+    if layer.order is not None:
+        indices, places = layer.order[indices].sort()
+        change = change.index_select(layer.axis, places.to(change.device))
+    return SliceUpdate(Slice(indices.clone(), layer.dim), change, (layer.out_features, layer.in_features))
+
+
+@torch.no_grad()
+def take(model: nn.Module) -> SliceAdapter:
+    """The trained slices of a model with `nn.S2FTLinear` layers; later training does not show in them.
+
+    Of coupled layers that were co-permuted, slices are those of the model as it was loaded; their other dimension has
+    not moved.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    updates = {path: taken(module) for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
+    if not updates:
+        raise ValueError("model has no S2FTLinear layer; inject an S2FTConfig first")
+    return SliceAdapter(updates, base_name(model))

@@ -1,0 +1,52 @@
+"""Adapters read from what `save_adapter` wrote, beside the base model whose slices they were trained from."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from ..adapter_files import KEY_PREFIX, read_adapter
+from ..channels.slices import Slice
+from ..families.s2ft import S2FT, TRAINABLE
+from .adapter import SliceAdapter, SliceUpdate
+
+
+@torch.no_grad()
+def read(directory: str | os.PathLike[str], model: nn.Module) -> SliceAdapter:
+    """The adapter in a directory that `save_adapter` wrote for a model with `nn.S2FTLinear` layers.
+
+    A file holds the trained slices themselves; what they change is their difference to the base model's.
+
+    Args:
+        directory: a local adapter directory; pickles are never read.
+        model: the base model, with plain layers. It is not changed.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, of another family, or does not fit the model.
+    """
+    files = read_adapter(directory)
+    config = S2FT.config_type.from_dict(files.config)
+    parts: dict[str, Slice] = S2FT.positions_in(files)
+    if not parts:
+        raise ValueError(f"the adapter in {files.directory} holds no slices")
+    updates = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, part in parts.items():
+        trained = files.tensors.get(f"{KEY_PREFIX}{path}.{TRAINABLE}")
+        module = modules.get(path)
+        if trained is None:
+            raise ValueError(f"the adapter in {files.directory} has channels of {path}, but no slice of it")
+        if module is None or type(module) is not nn.Linear:
+            kind = "missing" if module is None else f"a {type(module).__name__}"
+            raise ValueError(f"{path} must be a plain nn.Linear, it is {kind}; eject adapters first")
+        shape = tuple(module.weight.shape)
+        try:
+            update = SliceUpdate(part, trained, shape)
+        except ValueError as error:
+            raise ValueError(f"{path} in {files.directory}: {error}") from None
+        original = module.weight.detach().cpu().index_select(update.axis, part.indices)
+        updates[path] = SliceUpdate(part, trained - original.to(trained.dtype), shape)
+    return SliceAdapter(updates, config.base_model_name_or_path)

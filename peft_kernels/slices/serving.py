@@ -1,0 +1,160 @@
+"""Several adapters in one batch: each row of it is computed with the adapter that it asks for.
+
+    served = serve(model, {"math": math, "code": code})
+    with served.rows(["math", None, "code"]):           # one name per sequence of the batch; None is the base model
+        model(input_ids=batch)
+    served.stop()
+
+The weights stay the base model's. A row's update is a product with s channels of x, or of y, only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.linear import take_over, takeover_obstacle
+from .adapter import SliceAdapter, SliceUpdate
+
+
+class _Rows:
+    """Which adapter each sequence of the present batch asks for, shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.batch = 0
+        self.of: dict[str, Tensor] = {}  # by adapter, the numbers of its sequences
+
+
+class ServedLinear(nn.Linear):
+    """A frozen `nn.Linear` to which each sequence of a batch adds the slice that it asks for.
+
+    Shapes: x `[batch, ..., K]` to y `[batch, ..., N]`. For inference; gradients go through, but nothing trains.
+
+    Attributes:
+        updates: by name, what each adapter does to this layer.
+    """
+
+    updates: dict[str, SliceUpdate]
+    present: _Rows
+
+    @classmethod
+    def over(cls, linear: nn.Linear, updates: Mapping[str, SliceUpdate], present: _Rows) -> ServedLinear:
+        """Over an existing layer, which is not changed; changes are kept in the weight's dtype and device."""
+        reason = takeover_obstacle(linear)
+        if reason is not None:
+            raise TypeError(f"ServedLinear cannot replace this layer: {reason}")
+        layer = take_over(linear, cls)
+        layer.present = present
+        layer.updates = dict(updates)
+        for number, update in enumerate(updates.values()):
+            layer.register_buffer(f"change_{number}", update.change.detach().to(linear.weight), persistent=False)
+            indices = update.slice.indices.to(linear.weight.device)
+            layer.register_buffer(f"indices_{number}", indices, persistent=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[batch, ..., K]` to `[batch, ..., N]`, each sequence with its adapter.
+
+        Raises:
+            ValueError: x has another number of sequences than `Served.rows` was told.
+        """
+        y = F.linear(x, self.weight, self.bias)
+        present = self.present
+        if not present.of:
+            return y
+        if x.dim() < 2 or x.shape[0] != present.batch:
+            raise ValueError(f"x must be [{present.batch}, ..., {self.in_features}], as rows says, got {list(x.shape)}")
+        for number, (name, update) in enumerate(self.updates.items()):
+            rows = present.of.get(name)
+            if rows is None:
+                continue
+            rows = rows.to(x.device)
+            change, indices = self.get_buffer(f"change_{number}"), self.get_buffer(f"indices_{number}")
+            own = x.index_select(0, rows)
+            if update.axis == 1:
+                y = y.index_add(0, rows, own.index_select(-1, indices) @ change.t())
+            else:
+                own_y = y.index_select(0, rows).index_add(-1, indices, own @ change.t())
+                y = y.index_copy(0, rows, own_y)
+        return y
+
+    def stopped(self) -> nn.Linear:
+        """The plain layer."""
+        own = [name for name in self._buffers if name.startswith(("change_", "indices_"))]
+        return take_over(self, nn.Linear, without=("updates", "present", *own))
+
+
+class Served:
+    """A model that serves adapters side by side; see the module's example.
+
+    Attributes:
+        names: of the adapters.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Mapping[str, SliceAdapter]) -> None:
+        self.model = model
+        self.names = tuple(adapters)
+        self._present = _Rows()
+        linears = {path: linear for adapter in adapters.values() for path, linear in adapter.linears(model).items()}
+        layers = {}
+        for path, linear in linears.items():
+            updates = {name: adapter[path] for name, adapter in adapters.items() if path in adapter}
+            layers[path] = ServedLinear.over(linear, updates, self._present)
+        for path, layer in layers.items():
+            _put(model, path, layer)
+        self._paths: tuple[str, ...] = tuple(layers)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within, sequence i of every batch is computed with adapter `names[i]`; None is the base model.
+
+        Raises:
+            KeyError: a name is not one of the adapters.
+        """
+        unknown = {name for name in names if name is not None} - set(self.names)
+        if unknown:
+            raise KeyError(f"adapters are {', '.join(self.names)}, got {', '.join(sorted(unknown))}")
+        before = self._present.batch, self._present.of
+        self._present.batch = len(names)
+        self._present.of = {
+            name: torch.tensor([i for i, asked in enumerate(names) if asked == name])
+            for name in dict.fromkeys(names)
+            if name is not None
+        }
+        try:
+            yield
+        finally:
+            self._present.batch, self._present.of = before
+
+    def stop(self) -> None:
+        """Gives the model its plain layers back."""
+        for path in self._paths:
+            layer = self.model.get_submodule(path)
+            if isinstance(layer, ServedLinear):
+                _put(self.model, path, layer.stopped())
+        self._paths = ()
+
+
+def serve(model: nn.Module, adapters: Mapping[str, SliceAdapter]) -> Served:
+    """Makes `model` able to compute with several adapters in one batch, in place; `Served.stop` undoes it.
+
+    Args:
+        model: with plain `nn.Linear` layers where adapters are.
+        adapters: by name.
+
+    Raises:
+        ValueError, TypeError: there is no adapter, or a layer is missing, not plain or of another size; nothing has
+            changed.
+    """
+    if not adapters:
+        raise ValueError("adapters must not be empty")
+    return Served(model, adapters)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
