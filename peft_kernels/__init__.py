@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import channels, deltas, nn, ops, optim
+from . import channels, deltas, nn, ops, optim, slices
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
 from .config import LoraConfig, S2FTConfig, SparseDeltaConfig
@@ -44,6 +44,7 @@ __all__ = [
     "restore",
     "rewind",
     "save_adapter",
+    "slices",
     "unmerge",
     "use_backend",
 ]
