@@ -41,6 +41,22 @@ inline void for_each_vector(int64_t count, const F& body) {
       [=](T* to, VectorFor<T> value) { store_partial(to, value, rest); });
 }
 
+// 1 / (1 + exp(-gate)) in the accumulation type.
+template <typename T>
+inline VectorFor<T> sigmoid(VectorFor<T> gate) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    // For results of 16 bits: fewer terms, and a reciprocal of 14 bits with a step of Newton's instead of a division.
+    const __m512 sum = _mm512_add_ps((__m512)exponential<kShortTerms>(-gate), _mm512_set1_ps(1.0f));
+    const __m512 near = _mm512_rcp14_ps(sum);
+    const __m512 error = _mm512_fnmadd_ps(sum, near, _mm512_set1_ps(1.0f));
+    const __mmask16 finite = _mm512_cmp_ps_mask(sum, _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+    return (VectorFor<T>)_mm512_mask_fmadd_ps(near, finite, error, near);
+  }
+#endif
+  return 1 / (exponential(-gate) + 1);
+}
+
 template <typename T>
 void swiglu(const void* gate, const void* up, void* h, int64_t count) {
   using V = VectorFor<T>;
@@ -48,7 +64,7 @@ void swiglu(const void* gate, const void* up, void* h, int64_t count) {
   T* to = static_cast<T*>(h);
   for_each_vector<T>(count, [=](int64_t i, auto load, auto store) {
     const V g = load(gates + i);
-    store(to + i, g / (exponential(-g) + 1) * load(ups + i));
+    store(to + i, g * sigmoid<T>(g) * load(ups + i));
   });
 }
 
@@ -62,9 +78,9 @@ void swiglu_backward(
   T *to_gate = static_cast<T*>(grad_gate), *to_up = static_cast<T*>(grad_up);
   for_each_vector<T>(count, [=](int64_t i, auto load, auto store) {
     const V g = load(gates + i), dh = load(grads + i);
-    const V sigmoid = 1 / (exponential(-g) + 1);
-    store(to_up + i, dh * (g * sigmoid));
-    store(to_gate + i, dh * load(ups + i) * (sigmoid * (g * (1 - sigmoid) + 1)));
+    const V s = sigmoid<T>(g);
+    store(to_up + i, dh * (g * s));
+    store(to_gate + i, dh * load(ups + i) * (s * (g * (1 - s) + 1)));
   });
 }
 
