@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import channels, deltas, nn, ops, optim, slices
+from . import channels, deltas, nn, ops, optim, schedules, slices
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
 from .config import LoraConfig, S2FTConfig, SparseDeltaConfig
@@ -16,16 +16,21 @@ from .reselection import Reselector
 
 if TYPE_CHECKING:
     from .integrations.peft import accelerate, restore
+    from .integrations.schedules import GreenTrainerCallback, HFTCallback, LISACallback, ScheduleCallback
     from .integrations.transformers import SparseDeltaCallback
 
 __version__ = "0.1.0"
 __all__ = [
     "AccelerationReport",
     "BackendUnavailable",
+    "GreenTrainerCallback",
+    "HFTCallback",
     "InjectionReport",
+    "LISACallback",
     "LoraConfig",
     "Reselector",
     "S2FTConfig",
+    "ScheduleCallback",
     "SparseDeltaCallback",
     "SparseDeltaConfig",
     "accelerate",
@@ -44,12 +49,14 @@ __all__ = [
     "restore",
     "rewind",
     "save_adapter",
+    "schedules",
     "slices",
     "unmerge",
     "use_backend",
 ]
 
 _FROM_PEFT = ("accelerate", "restore")
+_SCHEDULE_CALLBACKS = ("GreenTrainerCallback", "HFTCallback", "LISACallback", "ScheduleCallback")
 
 
 def __getattr__(name: str) -> Any:
@@ -62,4 +69,8 @@ def __getattr__(name: str) -> Any:
         from .integrations.transformers import SparseDeltaCallback
 
         return SparseDeltaCallback
+    if name in _SCHEDULE_CALLBACKS:
+        from .integrations import schedules as schedule_callbacks
+
+        return getattr(schedule_callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

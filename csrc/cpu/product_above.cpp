@@ -71,7 +71,7 @@ class Tiles {
   // `columns` is a multiple of unit(). Rows that were not packed hold anything.
   void multiply(const void* left, int64_t rows, const void* right, int64_t columns, void* product) const {
     if (tiles_ == nullptr) {
-      dense_.multiply(left, round_up(rows, dense_.left_width), right, columns, depth_, product, columns);
+      dense_.multiply(left, round_up(rows, dense_.left_width), right, columns, depth_, product, columns, false);
     } else {
       tiles_->multiply_all(left, stride_, depth_, right, columns, static_cast<float*>(product), columns);
     }

@@ -86,7 +86,7 @@ inline void multiply_tile(const acc* left, const acc* right, int64_t depth, acc*
 template <typename acc>
 void multiply(
     const void* left_panels, int64_t rows, const void* right_panels, int64_t columns, int64_t depth, void* result,
-    int64_t stride) {
+    int64_t stride, bool add) {
   constexpr int64_t width = kVectors * kLanes<acc>;
   const acc* left = static_cast<const acc*>(left_panels);
   const acc* right = static_cast<const acc*>(right_panels);
@@ -98,7 +98,7 @@ void multiply(
       for (int64_t n = 0; n < rows; n += kLeft) {
         const acc* dy = left + n * depth + m * kLeft;
         acc* to = product + n * stride + k;
-        if (m == 0) {
+        if (m == 0 && !add) {
           multiply_tile<acc, true>(dy, x, chunk, to, stride);
         } else {
           multiply_tile<acc, false>(dy, x, chunk, to, stride);

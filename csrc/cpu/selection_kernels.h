@@ -20,9 +20,10 @@ struct SelectionProduct {
   void (*pack_right)(const Matrix& matrix, int64_t begin, int64_t end, void* panels);
 
   // product [rows, columns], rows `stride` apart, of whole panels: rows and columns are multiples of the widths. Each
-  // sum is formed in the same order, whatever the others are.
+  // sum is formed in the same order, whatever the others are. It is added to what is there where `add` is true.
   void (*multiply)(
-      const void* left, int64_t rows, const void* right, int64_t columns, int64_t depth, void* product, int64_t stride);
+      const void* left, int64_t rows, const void* right, int64_t columns, int64_t depth, void* product, int64_t stride,
+      bool add);
 };
 
 struct SelectionKernels {

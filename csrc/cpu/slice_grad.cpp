@@ -25,10 +25,12 @@
 namespace peft_kernels {
 namespace {
 
-constexpr int64_t kFewestOnTiles = 16;      // splitting the many into terms takes as long as these do on vectors
-constexpr int64_t kVectorRowsAtOnce = 512;  // of M on vectors
-constexpr int64_t kStripBytes = 1 << 20;    // of the many, packed, and their sums: half of a common second cache
-constexpr int64_t kUnitColumns = 32;        // transposed at a time
+constexpr int64_t kFewestOnTiles = 64;      // splitting the many into terms takes as long as these do on vectors
+constexpr int64_t kVectorRows = 128;        // of M at a time on vectors: a panel of the many stays in the first cache
+constexpr int64_t kStripBytes = 512 << 10;  // of the many and their sums: a quarter of a common second cache
+// Sums over M are sums of groups, and those of chunks, lest rounding errors grow with M.
+constexpr int64_t kGroupRows = 4096;
+constexpr int64_t kUnitColumns = 32;  // transposed at a time
 
 Matrix matrix_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)}; }
 
@@ -43,6 +45,17 @@ struct Operands {
   int64_t element_bytes;
   DType dtype;
 };
+
+// Asks for columns [begin, end), along the rows: a walk down a matrix a line or two at a time is nothing that the
+// hardware's prefetchers follow.
+void fetch(const Matrix& matrix, int64_t begin, int64_t end, int64_t element_bytes) {
+  for (int64_t m = 0; m < matrix.rows; ++m) {
+    const char* row = at(static_cast<const void*>(matrix.data), element_bytes, m * matrix.row_stride);
+    for (int64_t byte = begin * element_bytes; byte < end * element_bytes; byte += 64) {
+      __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
+}
 
 // The few columns, transposed and as tiles: what is read often, laid out once.
 class Columns {
@@ -86,49 +99,61 @@ void multiply_on_tiles(const SliceTiles& tiles, const Operands& operands, float*
     float* blocks = static_cast<float*>(sum_memory.get());
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t last = std::min(end, c + strip);
-      for (int64_t first = 0; first < many.rows; first += tiles.chunk_rows) {
-        tiles.multiply(few, many, first, c, last, workspace.get(), blocks);
+      for (int64_t group = 0; group < many.rows; group += kGroupRows) {
+        for (int64_t first = group; first < std::min(many.rows, group + kGroupRows); first += tiles.chunk_rows) {
+          tiles.multiply(few, many, first, c, last, first > group, workspace.get(), blocks);
+        }
+        tiles.store(blocks, few.few, operands.few.columns, last - c, group > 0, sums + c, stride);
       }
-      tiles.store(blocks, few.few, operands.few.columns, last - c, sums + c, stride);
     }
   });
 }
 
-// The same on vectors: sums [few, stride] with rows and columns rounded up to whole panels.
+// The same on vectors.
 template <typename acc>
 void multiply_on_vectors(const SelectionProduct& kernel, const Operands& operands, acc* sums, int64_t stride) {
-  const int64_t rows = operands.few.rows, width = kernel.right_width;
-  const int64_t few = round_up(operands.few.columns, kernel.left_width);
-  const int64_t longest = std::min(rows, kVectorRowsAtOnce);
-  const int64_t panel_bytes = longest * width * sizeof(acc);
-  const int64_t strip = width * std::max<int64_t>(1, kStripBytes / panel_bytes);
-  const Scratch left_memory(few * longest * sizeof(acc));
-  for (int64_t first = 0; first < rows; first += kVectorRowsAtOnce) {
-    const int64_t depth = std::min(kVectorRowsAtOnce, rows - first);
-    const Matrix left = rows_of(operands.few, first, depth, operands.element_bytes);
-    const Matrix right = rows_of(operands.many, first, depth, operands.element_bytes);
-    parallel_units(left.columns, kernel.left_width, 4 * depth, [&](int64_t begin, int64_t end) {
-      kernel.pack_left(left, begin, end, at(left_memory.get(), sizeof(acc) * depth, begin));
-    });
-    parallel_units(right.columns, strip, depth * few, [&](int64_t begin, int64_t end) {
-      const Scratch right_memory(strip * depth * sizeof(acc));
-      const Scratch product_memory(first == 0 ? 0 : few * strip * sizeof(acc));
-      acc* product = static_cast<acc*>(product_memory.get());
-      for (int64_t c = begin; c < end; c += strip) {
-        const int64_t columns = std::min(strip, end - c), padded = round_up(columns, width);
-        kernel.pack_right(right, c, c + columns, right_memory.get());
-        if (first == 0) {
-          kernel.multiply(left_memory.get(), few, right_memory.get(), padded, depth, sums + c, stride);
-          continue;
+  const Matrix &few = operands.few, &many = operands.many;
+  const int64_t rows = many.rows, width = kernel.right_width, padded = round_up(few.columns, kernel.left_width);
+  const int64_t chunk_bytes = padded * kVectorRows * sizeof(acc);
+  const Scratch left((divide_up(rows, kVectorRows)) * chunk_bytes);
+  parallel_units(rows, kVectorRows, 4 * padded, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kVectorRows) {
+      const Matrix chunk = rows_of(few, first, std::min(kVectorRows, end - first), operands.element_bytes);
+      kernel.pack_left(chunk, 0, few.columns, at(left.get(), chunk_bytes, first / kVectorRows));
+    }
+  });
+  const int64_t fitting = kStripBytes / (kVectorRows * operands.element_bytes + padded * sizeof(acc));
+  const int64_t share = round_up(divide_up(many.columns, torch::stable::get_num_threads()), width);
+  const int64_t strip = std::clamp(fitting / width * width, width, share);
+  parallel_units(many.columns, strip, rows * padded, [&](int64_t begin, int64_t end) {
+    const Scratch right(kVectorRows * width * sizeof(acc)), sum_memory(padded * strip * sizeof(acc));
+    acc* blocks = static_cast<acc*>(sum_memory.get());  // [panels][few][width]
+    for (int64_t c = begin; c < end; c += strip) {
+      const int64_t last = std::min(end, c + strip);
+      for (int64_t group = 0; group < rows; group += kGroupRows) {
+        for (int64_t first = group; first < std::min(rows, group + kGroupRows); first += kVectorRows) {
+          const int64_t depth = std::min(kVectorRows, rows - first);
+          const Matrix chunk = rows_of(many, first, depth, operands.element_bytes);
+          fetch(chunk, c, last, operands.element_bytes);
+          for (int64_t panel = c; panel < last; panel += width) {
+            kernel.pack_right(chunk, panel, std::min(last, panel + width), right.get());
+            kernel.multiply(
+                at(left.get(), chunk_bytes, first / kVectorRows), padded, right.get(), width, depth,
+                blocks + (panel - c) * padded, width, first > group);
+          }
         }
-        kernel.multiply(left_memory.get(), few, right_memory.get(), padded, depth, product, strip);
-        for (int64_t j = 0; j < few; ++j) {
-          acc* row = sums + j * stride + c;
-          for (int64_t i = 0; i < columns; ++i) row[i] += product[j * strip + i];
+        for (int64_t panel = c; panel < last; panel += width) {
+          const acc* block = blocks + (panel - c) * padded;
+          for (int64_t j = 0; j < few.columns; ++j) {
+            acc* to = sums + j * stride + panel;
+            for (int64_t i = 0; i < std::min(width, last - panel); ++i) {
+              to[i] = group > 0 ? to[i] + block[j * width + i] : block[j * width + i];
+            }
+          }
         }
       }
-    });
-  }
+    }
+  });
 }
 
 // out [few, many], or [many, few] when transposed, from sums in another dtype.
@@ -182,10 +207,11 @@ void multiply(const Operands& operands, bool transposed, const Tensor& out) {
     }
   }
   const SelectionProduct& kernel = selection_kernels().products[static_cast<int>(operands.dtype)];
-  const int64_t stride = round_up(many, kernel.right_width);
-  const Scratch memory(round_up(few, kernel.left_width) * stride * sizeof(acc));
-  multiply_on_vectors(kernel, operands, static_cast<acc*>(memory.get()), stride);
-  finish(operands, memory.get(), stride, transposed, out);
+  const bool in_place = !transposed && out.element_size() == sizeof(acc);
+  const Scratch memory(in_place ? 0 : few * many * sizeof(acc));
+  acc* sums = static_cast<acc*>(in_place ? out.data_ptr() : memory.get());
+  multiply_on_vectors(kernel, operands, sums, many);
+  if (!in_place) finish(operands, sums, many, transposed, out);
 }
 
 Tensor slice_grad(Tensor grad_out, Tensor x, std::optional<Tensor> indices, ScalarType dtype) {

@@ -28,12 +28,13 @@ struct SliceTiles {
   // with zeros behind the last one up to a multiple of 16, or, for bfloat16, 32.
   void (*pack)(const void* columns, int64_t stride, int64_t depth, int64_t begin, int64_t end, const SliceColumns& to);
   // Adds a chunk of rows from `first` on, of columns [begin, end) of `many`, to the sums of all the few,
-  // [columns / 32][few / 32][32 x 32]; the first chunk sets them. `workspace` holds kSliceColumns columns of a chunk.
+  // [columns / 32][few / 32][32 x 32], or sets them where `add` is false. `workspace` holds kSliceColumns columns of a
+  // chunk.
   void (*multiply)(
-      const SliceColumns& few, const Matrix& many, int64_t first, int64_t begin, int64_t end, void* workspace,
+      const SliceColumns& few, const Matrix& many, int64_t first, int64_t begin, int64_t end, bool add, void* workspace,
       float* sums);
-  // The sums of `rows` of the few and `columns` of the many as rows of floats, `stride` apart.
-  void (*store)(const float* sums, int64_t few, int64_t rows, int64_t columns, float* to, int64_t stride);
+  // The sums of `rows` of the few and `columns` of the many as rows of floats, `stride` apart, or added to these.
+  void (*store)(const float* sums, int64_t few, int64_t rows, int64_t columns, bool add, float* to, int64_t stride);
 };
 
 #if defined(__x86_64__)

@@ -18,13 +18,13 @@ constexpr int64_t kBlockSums = 4 * kTile * kTile;  // [row tile][column tile][16
 struct Bf16 {
   using Number = uint16_t;
   static constexpr int kTerms = 1;
-  static constexpr int64_t kChunkRows = 1024;  // 16 KiB of 32 columns
+  static constexpr int64_t kChunkRows = 256;  // 16 KiB of 32 columns
 };
 
 struct F32 {
   using Number = float;
   static constexpr int kTerms = 3;
-  static constexpr int64_t kChunkRows = 256;  // 24 KiB of 32 columns
+  static constexpr int64_t kChunkRows = 128;  // 24 KiB of 32 columns
 };
 
 // 32 numbers of one column, at the row of their terms' first tiles.
@@ -95,83 +95,96 @@ void lay_out(const typename T::Number* data, int64_t row_stride, int64_t rows, i
   }
 }
 
-inline void load_left(const uint16_t* at) {
-  tile_load<4>(at, 64);
-  tile_load<5>(at + kTileWords, 64);
-}
-
-inline void load_right(const uint16_t* at) {
-  tile_load<6>(at, 64);
-  tile_load<7>(at + kTileWords, 64);
-}
-
-inline void multiply_tiles() {
+// Loads stand right before their first use: a tile load takes most of the time of a multiplication.
+inline void multiply_both(const uint16_t* left, const uint16_t* right) {
+  tile_load<6>(right, 64);
+  tile_load<4>(left, 64);
   tile_multiply<0, 4, 6>();
+  tile_load<7>(right + kTileWords, 64);
   tile_multiply<1, 4, 7>();
+  tile_load<5>(left + kTileWords, 64);
   tile_multiply<2, 5, 6>();
   tile_multiply<3, 5, 7>();
 }
 
-inline void multiply_step(const uint16_t* left, const uint16_t* right, Bf16) {
-  load_left(left);
-  load_right(right);
-  multiply_tiles();
+// New left tiles meet the right tiles that are there, and the other way around.
+inline void multiply_left(const uint16_t* left) {
+  tile_load<4>(left, 64);
+  tile_multiply<0, 4, 6>();
+  tile_multiply<1, 4, 7>();
+  tile_load<5>(left + kTileWords, 64);
+  tile_multiply<2, 5, 6>();
+  tile_multiply<3, 5, 7>();
 }
+
+inline void multiply_right(const uint16_t* right) {
+  tile_load<6>(right, 64);
+  tile_multiply<0, 4, 6>();
+  tile_multiply<2, 5, 6>();
+  tile_load<7>(right + kTileWords, 64);
+  tile_multiply<1, 4, 7>();
+  tile_multiply<3, 5, 7>();
+}
+
+inline void multiply_step(const uint16_t* left, const uint16_t* right, Bf16) { multiply_both(left, right); }
 
 // The pairs of terms whose numbers add up to two at most, the large product last.
 inline void multiply_step(const uint16_t* left, const uint16_t* right, F32) {
   constexpr int64_t kTerm = 2 * kTileWords;
-  load_left(left);
-  load_right(right + 2 * kTerm);
-  multiply_tiles();
-  load_right(right + kTerm);
-  multiply_tiles();
-  load_left(left + kTerm);
-  multiply_tiles();
-  load_right(right);
-  multiply_tiles();
-  load_left(left + 2 * kTerm);
-  multiply_tiles();
-  load_left(left);
-  multiply_tiles();
+  multiply_both(left, right + 2 * kTerm);
+  multiply_right(right + kTerm);
+  multiply_left(left + kTerm);
+  multiply_right(right);
+  multiply_left(left + 2 * kTerm);
+  multiply_left(left);
+}
+
+// A chunk is summed by itself, so that rounding errors grow with its length and not with M.
+inline void add_chunk(const float* chunk, float* sums) {
+  for (int64_t i = 0; i < kBlockSums; i += 16) {
+    _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(chunk + i)));
+  }
 }
 
 template <typename T>
 void multiply(
-    const SliceColumns& few, const Matrix& many, int64_t first, int64_t begin, int64_t end, void* workspace,
+    const SliceColumns& few, const Matrix& many, int64_t first, int64_t begin, int64_t end, bool add, void* workspace,
     float* sums) {
   const TileScope scope;
   constexpr int64_t step_words = T::kTerms * 2 * kTileWords;
   const int64_t rows = smaller(T::kChunkRows, many.rows - first), steps = divide_up(rows, kDepth);
   const typename T::Number* data = static_cast<const typename T::Number*>(many.data) + first * many.row_stride;
   uint16_t* tiles = static_cast<uint16_t*>(workspace);
+  alignas(64) float chunk[kBlockSums];
   fetch(data + begin, many.row_stride, rows, end - begin);
   for (int64_t c = begin; c < end; c += kSliceColumns) {
     lay_out<T>(data + c, many.row_stride, rows, end - c, tiles);
     for (int64_t j = 0; j < few.few; j += kSliceColumns, sums += kBlockSums) {
-      if (first == 0) {
-        zero_sums();
-      } else {
-        load_sums(sums, kTile * kTile, kTile);
-      }
       fetch_sums(sums + kBlockSums);
+      zero_sums();
       const uint16_t *left = few.tiles + (j / kSliceColumns * few.steps + first / kDepth) * step_words, *right = tiles;
       for (int64_t step = 0; step < steps; ++step, left += step_words, right += step_words) {
         multiply_step(left, right, T());
       }
-      store_sums(sums, kTile * kTile, kTile);
+      store_sums(add ? chunk : sums, kTile * kTile, kTile);
+      if (add) add_chunk(chunk, sums);
     }
   }
 }
 
-void store(const float* sums, int64_t few, int64_t rows, int64_t columns, float* to, int64_t stride) {
+inline void store_floats(const float* sums, int64_t count, bool add, float* to) {
+  const __mmask16 exist = first_floats(count);
+  const __m512 before = _mm512_maskz_loadu_ps(add ? exist : 0, to);
+  _mm512_mask_storeu_ps(to, exist, _mm512_add_ps(before, _mm512_load_ps(sums)));
+}
+
+void store(const float* sums, int64_t few, int64_t rows, int64_t columns, bool add, float* to, int64_t stride) {
   const int64_t blocks = few / kSliceColumns;
   for (int64_t c = 0; c < columns; c += kSliceColumns, sums += blocks * kBlockSums) {
-    const __mmask16 low = first_floats(columns - c), high = first_floats(columns - c - kTile);
     for (int64_t j = 0; j < rows; ++j) {
       const float* row = sums + j / kTile * 2 * kTile * kTile + j % kTile * kTile;
-      _mm512_mask_storeu_ps(to + j * stride + c, low, _mm512_load_ps(row));
-      _mm512_mask_storeu_ps(to + j * stride + c + kTile, high, _mm512_load_ps(row + kTile * kTile));
+      store_floats(row, columns - c, add, to + j * stride + c);
+      store_floats(row + kTile * kTile, columns - c - kTile, add, to + j * stride + c + kTile);
     }
   }
 }

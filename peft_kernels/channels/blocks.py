@@ -16,7 +16,7 @@ _KEY = ("k_proj", "key", "wk", "k")
 _VALUE = ("v_proj", "value", "wv", "v")
 _FUSED = ("qkv_proj", "c_attn")
 """Queries, then keys, then values."""
-_FUSED_SOMEHOW = ("query_key_value", "Wqkv", "wqkv", "qkv", "in_proj", "att_proj")
+_FUSED_SOMEHOW = ("query_key_value", "Wqkv", "wqkv", "qkv")
 """Models differ in how they lay these out: some interleave the heads."""
 _OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o")
 

@@ -52,7 +52,7 @@ def squared_norms(matrix: Tensor, dim: str) -> Tensor:
     A few rows at a time, so that no copy of the matrix in float64 is made.
     """
     rows = 512
-    blocks = (matrix[first : first + rows].double().square_() for first in range(0, matrix.shape[0], rows))
+    blocks = (matrix[first : first + rows].double().square() for first in range(0, matrix.shape[0], rows))
     if dim == "output":
         return torch.cat([torch.zeros(0, dtype=torch.float64), *(block.sum(1).cpu() for block in blocks)])
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
@@ -76,7 +76,7 @@ def shared_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
                 place = (owner, id(module), name)
                 uses.setdefault(memory, {}).setdefault(place, (f"{path}.{name}" if path else name, first, end))
     wanted = {f"{path}.{name}" for path in paths for name in ("weight", "bias")}
-    found = {}
+    found: dict[str, str] = {}
     for places in uses.values():
         for here in places.values():
             for other in places.values():

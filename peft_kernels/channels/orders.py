@@ -63,8 +63,8 @@ def head_order(query: Sequence[Tensor], key_value: Sequence[Tensor], group_size:
     """
     grouped = [mask.view(-1, group_size) for mask in query]
     if all(torch.equal(mask.any(1), mask.all(1)) for mask in grouped):
-        groups = order_of([*(mask.any(1) for mask in grouped), *key_value])
-        return HeadOrder(groups, (groups[:, None] * group_size + torch.arange(group_size)).flatten())
+        order = order_of([*(mask.any(1) for mask in grouped), *key_value])
+        return HeadOrder(order, (order[:, None] * group_size + torch.arange(group_size)).flatten())
     weight = torch.stack(grouped).long().sum(0)  # [groups, group_size]: how many sets have this head
     count = (weight > 0).sum(1)
     membership = torch.stack([torch.zeros_like(count), *(mask.long() for mask in key_value)]).sum(0)
@@ -76,8 +76,8 @@ def head_order(query: Sequence[Tensor], key_value: Sequence[Tensor], group_size:
         groups += ordered
         flipped += towards_end
     heads = []
-    for group, towards_end in zip(groups, flipped, strict=True):
-        rank = weight[group] if towards_end else -weight[group]
+    for group, last in zip(groups, flipped, strict=True):
+        rank = weight[group] if last else -weight[group]
         heads.append(group * group_size + rank.sort(stable=True).indices)
     return HeadOrder(torch.tensor(groups), torch.cat(heads))
 

@@ -78,6 +78,20 @@ def test_a_float32_result_of_half_precision_is_not_rounded_to_it(place, dtype):
     assert_accurate(actual, own, exact, "sums in float32")
 
 
+@pytest.mark.parametrize(
+    ("place", "dtype"), places_and_dtypes(OPERATOR, dtypes=(torch.float32, torch.bfloat16, torch.float64))
+)
+@pytest.mark.parametrize("columns", [9, 70])
+def test_accuracy_does_not_fall_with_the_number_of_rows(place, dtype, columns):
+    if place.simulated:
+        pytest.skip("takes minutes")
+    call = operands(40_000, 81, None, columns, dtype, place.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    actual = place.kernel(OPERATOR, dtype)(*call, wide)
+    own = dense(call[0].to(wide), call[1].to(wide), None, wide)
+    assert_accurate(actual, own, dense(call[0].double(), call[1].double(), None, torch.float64), "sums of 40000 rows")
+
+
 @EACH_OWN_PLACE
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(37, 135, None, 60), (300, 35, 11, 67), (70, 90, None, 5)], ids=str)

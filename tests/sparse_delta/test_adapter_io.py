@@ -278,7 +278,7 @@ DAMAGE = {
     "cut file": (lambda s: os.truncate(s.path / FILES[0], 99), "is not a whole safetensors file"),
     "bad JSON": (lambda s: (s.path / FILES[1]).write_text("{"), "is not valid JSON"),
     "no weights": (lambda s: (s.path / FILES[0]).unlink(), "it has no adapter_model.safetensors"),
-    "method": (lambda s: s.config(peft_type="IA3"), "peft_type must be one of 'LORA', 'S2FT', 'SPARSE_DELTA', 'SUPERTUNING'"),
+    "method": (lambda s: s.config(peft_type="IA3"), "one of 'LORA', 'S2FT', 'SPARSE_DELTA', 'SUPERTUNING'"),
     "other family": (lambda s: s.config(peft_type="LORA", r=4), "does not fit the model|is of family lora"),
     "hybrid": (lambda s: s.config(r=4), "r=4 is not supported: Super-Tuning with low-rank factors"),
     "sparsity": (lambda s: s.config(sparsity=2.0), r"sparsity must be in \[0, 1\), got 2.0"),
