@@ -53,6 +53,7 @@ def select(
     budget: str = "global",
     coupled: bool = False,
     layers: Collection[str] | None = None,
+    taken: Iterable[Mapping[str, Slice]] = (),
     structure: Structure | None = None,
     activations: Mapping[str, Tensor] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
@@ -76,6 +77,8 @@ def select(
             ratio has a subset of another's units, and where both q or o and k or v are asked for, all heads of a
             key-value head are one unit. `co_permute` can then make every slice contiguous.
         layers: paths of the layers to choose in; None means all that have a role in `ratios`.
+        taken: slices of other adapters, whose heads and channels are not chosen again: adapters that share none do not
+            interfere when they are fused. Shares are of all units, those taken included.
         structure: of the model; None means `find_structure(model)`.
         activations: of `collect_activations`, for "activation" and "weight_activation".
         gradients: of `collect_gradients`, for "gradient".
@@ -84,8 +87,8 @@ def select(
         The channels by path, the layers without any, and the counts.
 
     Raises:
-        ValueError: an argument is out of range, the model has no layer for a role, or a statistic is missing, of
-            another shape or not finite.
+        ValueError: an argument is out of range, the model has no layer for a role, fewer units than wanted are not
+            taken, or a statistic is missing, of another shape or not finite.
     """
     _check(ratios, selection, seed, budget)
     structure = find_structure(model) if structure is None else structure
@@ -95,6 +98,7 @@ def select(
     indices: dict[str, list[Tensor]] = {path: [] for block in structure.blocks for path in _paths(block, allowed)}
     dims = {units.path: units.dim for role in ratios for units in structure.units(role)}
     chosen: dict[str, tuple[int, int]] = {}
+    others = list(taken)
     for roles in _sets(ratios, coupled):
         ranked = _Ranked(structure, roles, allowed)
         if selection == "random":
@@ -106,7 +110,7 @@ def select(
             ]
         rankings = ranked.rankings(scores, budget, largest and selection != "random")
         for role in roles:
-            picked, total = ranked.first(role, rankings, Fraction(str(ratios[role])))
+            picked, total = ranked.first(role, rankings, Fraction(str(ratios[role])), others)
             chosen[role] = sum(numbers.numel() for _, numbers in picked), total
             for units, numbers in picked:
                 within = numbers[:, None] * units.width + torch.arange(units.width)
@@ -152,10 +156,12 @@ class _Ranked:
         return [(blocks[order], units[order]) for blocks, units, order in zip(numbers, inner, orders, strict=True)]
 
     def first(
-        self, role: str, rankings: list[tuple[Tensor, Tensor]], ratio: Fraction
+        self, role: str, rankings: list[tuple[Tensor, Tensor]], ratio: Fraction, taken: list[Mapping[str, Slice]]
     ) -> tuple[list[tuple[Units, Tensor]], int]:
-        """The units of one role that come first, in each block that has the role, and how many there are in all."""
+        """The units of one role that come first and are not taken, in each block that has the role, and how many there
+        are in all."""
         places = {number: of for number, units in enumerate(self.units) for of in units if of.role == role}
+        free = {number: _free(of, taken) for number, of in places.items()}
         has = torch.tensor([number in places for number in range(len(self.units))])
         picked: dict[int, Tensor] = {}
         total = 0
@@ -165,9 +171,26 @@ class _Ranked:
                 continue
             total += blocks.numel()
             count = max(1, ratio.numerator * blocks.numel() // ratio.denominator)
+            kept = torch.tensor([bool(free[b][u]) for b, u in zip(blocks.tolist(), inner.tolist(), strict=True)])
+            blocks, inner = blocks[kept], inner[kept]
+            if blocks.numel() < count:
+                raise ValueError(f"taken leaves {blocks.numel()} units of {role} of the {count} that are to be chosen")
             for number in blocks[:count].unique().tolist():
                 picked[number] = inner[:count][blocks[:count] == number].sort().values
         return [(places[number], picked[number]) for number in sorted(picked)], total
+
+
+def _free(units: Units, taken: list[Mapping[str, Slice]]) -> Tensor:
+    """Which units share no channel with a slice that is taken."""
+    free = torch.ones(units.count, dtype=torch.bool)
+    for slices in taken:
+        part = slices.get(units.path)
+        if part is None or part.dim != units.dim:
+            continue
+        numbers = (part.indices - units.first) // units.width
+        inside = (part.indices >= units.first) & (numbers < units.count)
+        free[numbers[inside]] = False
+    return free
 
 
 def _sets(ratios: Mapping[str, float], coupled: bool) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import channels, ops, targets
 from ..adapter_files import KEY_PREFIX, AdapterFiles
-from ..channels import Permutation, Slice
+from ..channels import Permutation, Slice, Structure
 from ..config import S2FTConfig
 from ..nn.linear import takeover_obstacle
 from ..nn.merged_linear import contiguity_obstacle
@@ -52,11 +52,12 @@ class _S2FT(Family):
         if slices is None and config.ratios is None:
             generator = choices.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
             slices = {path: _channels_of(linear, config, generator) for path, linear in linears.items()}
-        elif slices is None:
-            slices = _selected(model, config, linears, choices)
+        structure, notes = _structure(model, config)
+        if slices is None:
+            slices = _selected(model, config, linears, choices, structure)
         permutation = None
         if config.co_permute and slices:
-            permutation = channels.co_permute(model, slices)
+            permutation = channels.co_permute(model, slices, structure)
             slices = permutation.slices
         try:
             layers = {
@@ -74,7 +75,10 @@ class _S2FT(Family):
             raise
         for path, layer in layers.items():
             layer.order = _order_of(permutation, path, layer)
-        mlps, notes = _swiglu_mlps(model, layers) if config.fuse_swiglu else ({}, ())
+        mlps: dict[str, tuple[str, str, str]] = {}
+        if config.fuse_swiglu:
+            mlps, more = _swiglu_mlps(model, layers, structure)
+            notes += more
         return Built(layers, permutation, mlps, notes)
 
     def parameters(self, layer: S2FTLinear) -> tuple[nn.Parameter, ...]:
@@ -150,12 +154,32 @@ def _channels_of(linear: nn.Linear, config: S2FTConfig, generator: torch.Generat
     return Slice(order[:count].sort().values.cpu(), config.dim)
 
 
+def _structure(model: nn.Module, config: S2FTConfig) -> tuple[Structure, tuple[str, ...]]:
+    """The model's structure, and what the report should say of it.
+
+    Names and shapes are enough to choose channels by. Before any are moved, a language model is asked whether it
+    computes what they promise.
+    """
+    structure = channels.find_structure(model)
+    if not config.co_permute:
+        return structure, ()
+    getter = getattr(model, "get_input_embeddings", None)
+    embeddings = getter() if callable(getter) else None
+    if not isinstance(embeddings, nn.Embedding):
+        return structure, ("co-permuted by names and shapes: the model has no input embeddings to be tried out with",)
+    tokens = torch.arange(4, device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    return channels.confirm_structure(model, {"input_ids": tokens}, structure), ()
+
+
 def _selected(
-    model: nn.Module, config: S2FTConfig, linears: Mapping[str, nn.Linear], choices: Choices
+    model: nn.Module,
+    config: S2FTConfig,
+    linears: Mapping[str, nn.Linear],
+    choices: Choices,
+    structure: Structure,
 ) -> dict[str, Slice]:
     """Heads and channels by role."""
     assert config.ratios is not None
-    structure = channels.find_structure(model)
     statistics: dict[str, Any] = {}
     if config.selection in ("activation", "weight_activation", "gradient"):
         if choices.calibration is None:
@@ -183,12 +207,12 @@ def _selected(
 
 
 def _swiglu_mlps(
-    model: nn.Module, layers: Mapping[str, S2FTLinear]
+    model: nn.Module, layers: Mapping[str, S2FTLinear], structure: Structure
 ) -> tuple[dict[str, tuple[str, str, str]], tuple[str, ...]]:
     """The MLPs whose activation can write what their last layer trains, and why others cannot."""
     found: dict[str, tuple[str, str, str]] = {}
     reasons: dict[str, list[str]] = {}
-    for mlp in channels.find_structure(model).mlps:
+    for mlp in structure.mlps:
         layer = layers.get(mlp.output)
         if layer is None or layer.dim != "input":
             continue

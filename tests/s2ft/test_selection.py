@@ -395,3 +395,22 @@ def test_norms_have_the_same_bits_for_any_number_of_threads(dim):
         torch.set_num_threads(before)
     for squares in found[1:]:
         assert_same_bits(squares, found[0])
+
+
+@pytest.mark.parametrize("budget", ["global", "per_layer"])
+@pytest.mark.parametrize("selection", ["random", "weight"])
+def test_what_another_adapter_trains_is_not_chosen_again(selection, budget):
+    model = build("llama")
+    ratios = {"o": 0.5, "down": 0.3, "up": 0.3}
+    first = select(model, ratios, selection=selection, seed=0, budget=budget)
+    second = select(model, ratios, selection=selection, seed=0, budget=budget, taken=[first.slices])
+    assert second.chosen == first.chosen
+    for path in first.slices.keys() & second.slices.keys():
+        assert not torch.isin(first.slices[path].indices, second.slices[path].indices).any()
+
+
+def test_too_much_taken_is_refused():
+    model = build("llama")
+    first = select(model, {"down": 0.7}, seed=0)
+    with pytest.raises(ValueError, match=r"taken leaves \d+ units of down of the \d+ that are to be chosen"):
+        select(model, {"down": 0.7}, seed=0, taken=[first.slices])
