@@ -21,13 +21,14 @@ from .reports import InjectionReport
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main_process: bool = True) -> None:
-    """Writes the model's adapter to a directory that PEFT's `PeftModel.from_pretrained` and `load_adapter` read.
+    """Writes the model's adapter to a directory that `load_adapter` reads, and PEFT where it knows the method.
 
     `adapter_config.json` and `adapter_model.safetensors`, with PEFT's keys; biases and modules_to_save as the
     configuration says. Sparse deltas are written as an adapter of PEFT's Super-Tuning, which PEFT loads, where every
-    layer trains the same share of its entries; otherwise in a format of ours with the same keys. Each file is written
-    aside, flushed and renamed, so an interrupted save leaves the previous adapter. A merged model saves the same
-    adapter as an unmerged one. For a PEFT model this is its own `save_pretrained`, put in place the same way.
+    layer trains the same share of its entries; otherwise, and for slices, in a format of ours that PEFT does not know
+    (`slices.to_lora` writes slices for PEFT). Each file is written aside, flushed and renamed, so an interrupted save
+    leaves the previous adapter. A merged model saves the same adapter as an unmerged one. For a PEFT model this is its
+    own `save_pretrained`, put in place the same way.
 
     Args:
         model: a model after `inject`, one built with our drop-ins, or a PEFT model (accelerated or not).

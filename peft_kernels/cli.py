@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # an installation without dependencies
     sys.exit(2)
 
 from . import delta_commands
+from .training.method_options import ADAPTERS, DEFAULTS, METHODS_OF, SCHEDULES, SELECTIONS
 from .training.settings import CHOICES, Settings
 
 app = typer.Typer(
@@ -48,10 +49,39 @@ def _console() -> Any:
 def _option(name: str, text: str, flag: str | None = None) -> Any:
     """The option behind a setting. It has no default of its own: what is not named comes from `Settings`, or on
     --resume from the earlier run, so the value is None unless the user gave one."""
-    default = getattr(Settings, name)
     choices = f"{', '.join(CHOICES[name])}. " if name in CHOICES else ""
-    shown = "" if default is None else f"(default: {default})"
-    return typer.Option(*([flag] if flag else []), help=f"{text}{': ' if choices else '. '}{choices}{shown}".strip())
+    return typer.Option(
+        *([flag] if flag else []),
+        help=f"{text}{': ' if choices else '. '}{choices}{_default(name, flag)}".strip(),
+        rich_help_panel=_panel(METHODS_OF.get(name)),
+    )
+
+
+def _panel(methods: tuple[str, ...] | None) -> str | None:
+    """The box of `--help` for an option of these methods."""
+    if methods is None:
+        return None
+    if len(methods) > 1 or methods[0] in SCHEDULES:
+        methods = SCHEDULES if methods[0] in SCHEDULES else ADAPTERS
+    return f"For --method {', '.join(methods)}"
+
+
+def _default(name: str, flag: str | None) -> str:
+    """What a setting is when it is not named, by method where they differ."""
+    default = getattr(Settings, name)
+    if default is True and flag is not None:
+        default = flag.partition("/")[0].removeprefix("--")
+    shown = [] if default is None else [f"{default}"]
+    methods: dict[Any, list[str]] = {}
+    for method, defaults in DEFAULTS.items():
+        if name in defaults:
+            methods.setdefault(defaults[name], []).append(method)
+    shown += [f"{', '.join(names)}: {value}" for value, names in methods.items()]
+    return f"(default: {'; '.join(shown)})" if shown else ""
+
+
+def _selections() -> str:
+    return "; ".join(f"{method}: {', '.join(choices)}" for method, choices in SELECTIONS.items())
 
 
 @app.command()
@@ -66,7 +96,7 @@ def finetune(
         str | None,
         _option("data", "Text file, .jsonl file, or a directory of them (default: the standard library's sources)"),
     ] = None,
-    method: Annotated[str | None, _option("method", "Adapter")] = None,
+    method: Annotated[str | None, _option("method", "What trains")] = None,
     r: Annotated[
         int | None, _option("r", "Rank; a sparse delta without --density has as many entries as LoRA of it", "--r")
     ] = None,
@@ -76,7 +106,9 @@ def finetune(
     density: Annotated[
         float | None, _option("density", "Share of each weight's entries that train, instead of --r")
     ] = None,
-    selection: Annotated[str | None, _option("selection", "How a sparse delta's positions are chosen")] = None,
+    selection: Annotated[
+        str | None, _option("selection", f"How positions or channels are chosen. {_selections()}")
+    ] = None,
     reselection_steps: Annotated[
         int | None, _option("reselection_steps", "Steps from one reselection to the next")
     ] = None,
@@ -88,6 +120,32 @@ def finetune(
     ] = None,
     reselection_schedule: Annotated[
         str | None, _option("reselection_schedule", "How that share falls to 0 over the run")
+    ] = None,
+    ratios: Annotated[
+        str | None, _option("ratios", "Shares of heads and channels by role: q, k, v, o, up, gate, down")
+    ] = None,
+    ratio: Annotated[
+        float | None, _option("ratio", "Share of the channels of every layer in --target-modules, instead of --ratios")
+    ] = None,
+    dim: Annotated[str | None, _option("dim", "Which channels --ratio means")] = None,
+    largest: Annotated[
+        bool | None, _option("largest", "Which end of a ranking by norms trains", "--largest/--smallest")
+    ] = None,
+    budget: Annotated[str | None, _option("budget", "Count --ratios over all layers, or in each")] = None,
+    co_permute: Annotated[bool | None, _option("co_permute", "Bring channels together that train")] = None,
+    calibration_batches: Annotated[
+        int | None, _option("calibration_batches", "Batches that --selection measures activations or gradients on")
+    ] = None,
+    interval: Annotated[
+        int | None, _option("interval", "Steps from one choice of parameters to the next; hft: one choice unless given")
+    ] = None,
+    active_layers: Annotated[int | None, _option("active_layers", "Layers that lisa trains at a time")] = None,
+    norms: Annotated[str | None, _option("norms", "What hft does with norms")] = None,
+    embeddings: Annotated[
+        str | None, _option("embeddings", "What hft does with embeddings, head and last norm")
+    ] = None,
+    rho: Annotated[
+        float | None, _option("rho", "Share of the full backward pass's FLOPs that greentrainer may use")
     ] = None,
     target_modules: Annotated[
         str | None, _option("target_modules", "Layer names separated by commas, or all-linear")
@@ -115,7 +173,11 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
 ) -> None:
-    """Fine-tune a causal language model with fused adapters, on its own or side by side with PEFT's layers."""
+    """Fine-tune a causal language model: adapters, or parts of its own parameters; alone or beside another way.
+
+    lora, sparse_delta and s2ft write an adapter; lisa, hft and greentrainer train the model itself and write a model.
+    --compare: peft (lora, s2ft) and shira (sparse_delta) are PEFT's layers, paca (s2ft) plain PyTorch, full everything.
+    """
     from .training.errors import UserError
 
     own = ("output", "resume", "overwrite")

@@ -185,8 +185,8 @@ def _present(model: nn.Module) -> dict[str, AdapterLayer]:
     layers = adapter_layers(model)
     if not layers:
         raise ValueError(
-            "model has no LoRALinear or SparseDeltaLinear layers; for PEFT's own layers use PEFT's merge_adapter, "
-            "unmerge_adapter, merge_and_unload"
+            "model has no LoRALinear, SparseDeltaLinear or S2FTLinear layers; for PEFT's own layers use PEFT's "
+            "merge_adapter, unmerge_adapter, merge_and_unload"
         )
     return layers
 

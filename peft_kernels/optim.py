@@ -1,4 +1,4 @@
-"""Optimizers that update a sparse delta and write it into its weight in one pass."""
+"""Optimizers that update what trains in a weight and write it there in one pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .nn.merged import delta_layer_of, layer_of
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW`, a kernel per parameter; sparse deltas are written into their weight as well.
+    """`torch.optim.AdamW`, a kernel per parameter; deltas and slices are written into their weight as well.
 
-    Those are the values of a `SparseDeltaLinear` or a `RoSALinear`, and of PEFT's SHiRA layers after `accelerate`.
+    Those are the values of a `SparseDeltaLinear` or a `RoSALinear`, those of PEFT's SHiRA layers after `accelerate`, and
+    the trainable slices of an `S2FTLinear`.
 
     Takes any parameters: those that are not deltas get the same step without the write-back. State and its names are
     torch's (`step`, `exp_avg`, `exp_avg_sq`), so a state_dict of either loads into the other; a state_dict with the
@@ -26,7 +27,7 @@ class SparseAdamW(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
-        weight_decay: decoupled; of deltas it decays the change, not the weight.
+        weight_decay: decoupled; of deltas it decays the change, of slices the weight itself.
 
     Raises:
         ValueError: a number is out of range.
@@ -35,7 +36,7 @@ class SparseAdamW(torch.optim.Optimizer):
     """
 
     writes_deltas = True
-    """Deltas are in their weight when a step is done."""
+    """Deltas and slices are in their weight when a step is done."""
 
     def __init__(
         self,

@@ -1,23 +1,28 @@
-"""The arms of a run: our layers, and on request PEFT's over the same base weights, from the same initial adapter."""
+"""The arms of a run: our layers or schedule, and on request another implementation from the same weights."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import SparseDeltaLinear
+from ..channels import Slice
+from ..nn import S2FTLinear, SparseDeltaLinear
 from ..reselection import Reselector
+from ..schedules import Schedule
 from .settings import Settings
 
 OURS = "peft-kernels"
 PEFT = "PEFT"
 SHIRA = "PEFT SHiRA"
+PEFT_LORA = "PEFT LoRA"
+PACA = "plain PaCA"
+FULL = "full fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class StepRecord:
         loss: mean cross-entropy per token over the step's batches, in nats.
         seconds: wall time of forward, backward and optimizer.
         timed: False for the first steps after a start, which warm caches up and are left out of timings.
+        optimizer_bytes: what the optimizer's state took after the step.
     """
 
     step: int
     loss: float
     seconds: float
     timed: bool
+    optimizer_bytes: int = 0
 
 
 @dataclass
@@ -41,9 +48,10 @@ class Arm:
     """One model in training.
 
     Attributes:
-        parameters: what trains, by name.
+        parameters: what trains, or may train under the schedule, by name.
         history: the steps so far.
         reselector: what moves the entries of a sparse delta, or None.
+        schedule: what decides which parameters train when, or None.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Arm:
     optimizer: torch.optim.Optimizer
     history: list[StepRecord] = field(default_factory=list)
     reselector: Reselector | None = None
+    schedule: Schedule | None = None
 
     def losses(self) -> list[float]:
         """The loss of every step so far."""
@@ -74,6 +83,21 @@ class Arm:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
 
+    def optimizer_bytes(self) -> int:
+        """What the optimizer's state takes at present."""
+        slots = self.optimizer.state.values()
+        return sum(value.nbytes for slot in slots for value in slot.values() if isinstance(value, Tensor))
+
+    def channels(self) -> dict[str, Slice]:
+        """Which channels train in layers of S2FT, by path, numbered as in the model that was loaded."""
+        found = {}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, S2FTLinear):
+                indices = layer.indices.cpu()
+                original = indices if layer.order is None else layer.order[indices].sort().values
+                found[path] = Slice(original, layer.dim)
+        return found
+
     def _sparse_layers(self) -> dict[str, SparseDeltaLinear]:
         return {path: module for path, module in self.model.named_modules() if isinstance(module, SparseDeltaLinear)}
 
@@ -90,6 +114,25 @@ def make_arm(name: str, model: nn.Module, settings: Settings, optimizer: Any) ->
 def fused_adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     """Torch's AdamW, one kernel per parameter or for all of them."""
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def full_arm(model: nn.Module, settings: Settings) -> Arm:
+    """Every parameter of `model` trains."""
+    train_everything(model)
+    return make_arm(FULL, model, settings, lambda p: fused_adamw(p, settings))
+
+
+def train_everything(model: nn.Module) -> None:
+    """Lets all parameters of `model` train that can."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def own_weights(model: nn.Module, paths: Iterable[str]) -> None:
+    """Gives layers copies of weights that another arm writes into; what else is shared stays shared."""
+    for path in paths:
+        linear: Any = model.get_submodule(path)
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
 
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:

@@ -1,10 +1,11 @@
 """Checkpoints from which a run continues exactly: safetensors and JSON, nothing that is unpickled.
 
     checkpoints/step-00000040/
-        state.json                    settings, finished steps, data digest, histories, optimizer groups
+        state.json                    settings, finished steps, data digest, histories, optimizer groups, schedules
         <arm>.adapter.safetensors     the trained parameters by name, and the positions of sparse deltas
         <arm>.optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
         <arm>.reselection.safetensors where entries move, the Reselector's tensors
+        <arm>.channels.safetensors    where slices train, their channels, "<path>.<dim>"
 
 A checkpoint is written beside its predecessor and renamed into place when complete; then the predecessor is removed.
 """
@@ -22,11 +23,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .arms import Arm, StepRecord
+from ..channels import Slice
+from .arms import OURS, Arm, StepRecord
 from .errors import UserError
 from .settings import Settings
 
-_FORMAT = 2
+_FORMAT = 3
 _DIRECTORY = "checkpoints"
 
 
@@ -60,7 +62,7 @@ def write_checkpoint(
     partial = directory.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    groups, reselection = {}, {}
+    groups, reselection, schedules = {}, {}, {}
     for arm in arms:
         save_file({name: value.contiguous() for name, value in arm.tensors().items()}, _adapter(partial, arm))
         state = arm.optimizer.state_dict()
@@ -70,6 +72,12 @@ def write_checkpoint(
             moving = arm.reselector.state_dict()
             save_file(moving.pop("tensors"), _reselection(partial, arm))
             reselection[arm.name] = moving
+        if arm.schedule is not None:
+            schedules[arm.name] = arm.schedule.state_dict()
+        if channels := arm.channels():
+            save_file(
+                {f"{path}.{part.dim}": part.indices for path, part in channels.items()}, _channels(partial, arm.name)
+            )
     record = {
         "format": _FORMAT,
         "settings": settings.as_dict(),
@@ -79,6 +87,7 @@ def write_checkpoint(
         "histories": {arm.name: arm.history_as_dicts() for arm in arms},
         "optimizer_groups": groups,
         "reselection": reselection,
+        "schedules": schedules,
     }
     (partial / "state.json").write_text(json.dumps(record))
     for path in (*partial.iterdir(), partial):
@@ -99,6 +108,25 @@ def read_state(output: Path) -> State:
     """
     record = _record(_newest(output))
     return State(*(record[name] for name in ("settings", "step", "data_digest", "before", "histories")))
+
+
+def read_channels(output: Path) -> dict[str, Slice] | None:
+    """Which channels our arm trains, by path, as the newest checkpoint says; None where it trains no slices.
+
+    Raises:
+        UserError: there is no checkpoint, or it cannot be read.
+    """
+    path = _channels(_newest(output), OURS)
+    if not path.exists():
+        return None
+    found = {}
+    try:
+        for key, indices in load_file(path).items():
+            layer, _, dim = key.rpartition(".")
+            found[layer] = Slice(indices, dim)  # type: ignore[arg-type]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return found
 
 
 def restore_arms(output: Path, arms: list[Arm]) -> None:
@@ -128,6 +156,11 @@ def restore_arms(output: Path, arms: list[Arm]) -> None:
         arm.optimizer.load_state_dict({"state": _nested(tensors), "param_groups": groups})
         if arm.reselector is not None:
             arm.reselector.load_state_dict({**record["reselection"][arm.name], "tensors": moving})
+        if arm.schedule is not None:
+            try:
+                arm.schedule.load_state_dict(record["schedules"][arm.name])
+            except ValueError as error:
+                raise UserError(f"{directory}: the schedule in it does not fit this run: {error}") from error
         arm.history[:] = [StepRecord(**step) for step in record["histories"][arm.name]]
 
 
@@ -158,6 +191,10 @@ def _optimizer(directory: Path, arm: Arm) -> Path:
 
 def _reselection(directory: Path, arm: Arm) -> Path:
     return directory / f"{arm.name}.reselection.safetensors"
+
+
+def _channels(directory: Path, name: str) -> Path:
+    return directory / f"{name}.channels.safetensors"
 
 
 def _flat(state: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import peft_kernels as pk
 
@@ -28,10 +30,11 @@ from .plots import draw_plots
 from .progress import TrainingDisplay, status
 from .report import RunResult, print_results, write_html, write_metrics
 from .sample import continuation, default_prompt
-from .settings import Settings, resumed
+from .settings import Settings, resumed, started
+from .whole_model import write_model
 
 INTERRUPTED = 130
-_EARLIER_RUN = ("checkpoints", "adapter", "metrics.json", "report.html", "loss.png", "step_time.png")
+_EARLIER_RUN = ("checkpoints", "adapter", "model", "metrics.json", "report.html", "loss.png", "step_time.png")
 
 
 @dataclass
@@ -54,11 +57,23 @@ class _Run:
         """Steps that all arms have taken."""
         return len(self.arms[0].history)
 
-    def save(self) -> None:
-        """Writes the adapter and the checkpoint of all arms."""
-        pk.save_adapter(self.arms[0].model, self.output / "adapter")
+    @property
+    def result(self) -> Path:
+        """Directory of what has been trained."""
+        return self.output / ("model" if self.settings.trains_whole_model else "adapter")
+
+    def checkpoint(self) -> None:
+        """Writes the checkpoint of all arms, and the adapter. A whole model is in its checkpoint already."""
+        if not self.settings.trains_whole_model:
+            pk.save_adapter(self.arms[0].model, self.result)
         digest = self.stream.digest(blocks_read(self.settings, self.finished))
         checkpoint.write_checkpoint(self.output, self.arms, self.settings, digest, self.before)
+
+    def save(self) -> None:
+        """Writes the checkpoint and the result."""
+        if self.settings.trains_whole_model:
+            write_model(self.base, self.result)
+        self.checkpoint()
 
 
 def run(given: dict[str, Any], output: Path, resume: bool, overwrite: bool, console: Console) -> int:
@@ -74,7 +89,7 @@ def run(given: dict[str, Any], output: Path, resume: bool, overwrite: bool, cons
         UserError: see its message.
     """
     state = checkpoint.read_state(output) if resume else None
-    settings = Settings(**given) if state is None else resumed(state.settings, given)
+    settings = started(given) if state is None else resumed(state.settings, given)
     earlier = _claim(output, overwrite) if state is None else []
     with warnings.catch_warnings():
         # transformers and PEFT warn of each other's deprecations, which is nothing the user of this command can change.
@@ -91,18 +106,19 @@ def run(given: dict[str, Any], output: Path, resume: bool, overwrite: bool, cons
 
 
 def _run(this: _Run) -> int:
-    if this.finished < this.settings.steps:
-        with stop_on_interrupt() as stop:
-            _train(this, stop)
-            this.save()
+    with stop_on_interrupt() as stop:
         if this.finished < this.settings.steps:
-            this.console.print(
-                f"Stopped after step {this.finished} of {this.settings.steps}. The adapter is in "
-                f"{this.output / 'adapter'}; continue with: peft-kernels finetune --resume --output {this.output}",
-                highlight=False,
-                soft_wrap=True,
-            )
-            return INTERRUPTED
+            _train(this, stop)
+        this.save()
+    if this.finished < this.settings.steps:
+        what = "model" if this.settings.trains_whole_model else "adapter"
+        this.console.print(
+            f"Stopped after step {this.finished} of {this.settings.steps}. The {what} is in {this.result}; continue "
+            f"with: peft-kernels finetune --resume --output {this.output}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return INTERRUPTED
     _finish(this)
     return 0
 
@@ -163,7 +179,12 @@ def _prepare(settings: Settings, output: Path, console: Console, state: checkpoi
     console.print(f"Model: {base.description}", highlight=False)
     stream = BlockStream(read_corpus(settings.data, base.tokenizer), base.tokenizer, settings.seq_len, settings.seed)
     console.print(f"Data: {corpus_description(settings)}", highlight=False, markup=False)
-    arms, adapter_report = build_arms(base.model, settings)
+    channels = None if state is None else checkpoint.read_channels(output)
+
+    def batches(count: int) -> Iterator[Tensor]:
+        return (stream.batch(index, settings.batch_size).to(device) for index in range(count))
+
+    arms, adapter_report = build_arms(base.model, settings, batches, channels)
     console.print(adapter_report.splitlines()[0], highlight=False, markup=False)
     prompt = settings.prompt or default_prompt(settings.data, stream, base.tokenizer)
     this = _Run(settings, output, console, device, base, stream, arms, adapter_report, prompt, {})
@@ -206,7 +227,7 @@ def _train(this: _Run, stop: StopRequest) -> None:
     def after_step(finished: int) -> None:
         display.update(finished)
         if finished % this.settings.save_every == 0:
-            this.save()
+            this.checkpoint()
 
     with display.running():
         train(this.arms, this.stream, this.settings, this.device, stop, after_step)
@@ -214,9 +235,12 @@ def _train(this: _Run, stop: StopRequest) -> None:
 
 def _finish(this: _Run) -> None:
     settings = this.settings
+    adapter_report = _report_of_ours(this)
     for arm in this.arms:
         if arm.reselector is not None:
             arm.reselector.close()  # the steps that are measured below train nothing
+        if arm.schedule is not None and settings.method == "greentrainer":
+            arm.schedule.close()  # computes every gradient, as its most expensive steps do
     after = _measure(this, "after")
     with status(this.console, "Measuring memory, drawing plots"):
         batch = [this.stream.batch(0, settings.batch_size).to(this.device)] * settings.gradient_accumulation
@@ -234,20 +258,26 @@ def _finish(this: _Run) -> None:
             model=this.base.description,
             corpus=corpus_description(settings),
             environment={"device": info.device_description(this.device), **info.versions()},
-            adapter_report=this.adapter_report,
+            adapter_report=adapter_report,
             arms=this.arms,
             summaries=summaries,
             memory_measure=MEASURE[this.device.type],
             prompt=this.prompt,
             before=this.before,
             after=after,
-            curve_difference=curve_difference(this.arms),
+            curve_difference=curve_difference(this.arms) if settings.compares_one_function else None,
             peft_check=_peft_check(this),
         )
         images = draw_plots(this.arms, this.output)
         write_metrics(result, this.output / "metrics.json")
         write_html(result, images, this.output / "report.html")
     print_results(result, this.console, this.output)
+
+
+def _report_of_ours(this: _Run) -> str:
+    """What trains in our arm; under a schedule, in the end."""
+    schedule = this.arms[0].schedule
+    return this.adapter_report if schedule is None else str(schedule.report())
 
 
 def _peft_check(this: _Run) -> float | None:

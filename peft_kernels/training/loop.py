@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from .arms import Arm, StepRecord, learning_rate, loss_of
 from .data import BlockStream
 from .errors import TrainingFailed
 from .settings import Settings
+
+T = TypeVar("T")
 
 _WARM_UP_STEPS = 2
 
@@ -80,19 +83,28 @@ def train(
             stream.batch(start + part, settings.batch_size).to(device) for part in range(settings.gradient_accumulation)
         ]
         for arm in arms:
-            seconds, loss = _timed_step(arm, batches, settings, step, device)
-            arm.history.append(StepRecord(step, loss, seconds, timed=step - first >= _WARM_UP_STEPS))
+            arm.history.append(
+                _recorded_step(arm, batches, settings, step, device, timed=step - first >= _WARM_UP_STEPS)
+            )
         after_step(step + 1)
 
 
-def _timed_step(
-    arm: Arm, batches: list[Tensor], settings: Settings, step: int, device: torch.device
-) -> tuple[float, float]:
+def _recorded_step(
+    arm: Arm, batches: list[Tensor], settings: Settings, step: int, device: torch.device, timed: bool
+) -> StepRecord:
+    loss, seconds = _timed(lambda: _step(arm, batches, settings, step), device)
+    # Between the two, because a schedule drops the state of what stops training.
+    held = arm.optimizer_bytes()
+    _, more = _timed(lambda: _advance(arm), device)
+    return StepRecord(step, loss, seconds + more, timed, held)
+
+
+def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     synchronize(device)
     start = time.perf_counter()
-    loss = _step(arm, batches, settings, step)
+    result = work()
     synchronize(device)
-    return time.perf_counter() - start, loss
+    return result, time.perf_counter() - start
 
 
 def _step(arm: Arm, batches: list[Tensor], settings: Settings, step: int) -> float:
@@ -107,9 +119,15 @@ def _step(arm: Arm, batches: list[Tensor], settings: Settings, step: int) -> flo
         group["lr"] = learning_rate(settings, step)
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def _advance(arm: Arm) -> None:
+    """What follows a step: entries that move, parameters that start or stop training."""
     if arm.reselector is not None:
         arm.reselector.step()
-    return loss
+    if arm.schedule is not None:
+        arm.schedule.step()
 
 
 def forward_backward(arm: Arm, batches: list[Tensor], settings: Settings, step: int) -> float:

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from . import lora_arms, sparse_delta_arms
-from .arms import Arm
+from torch import Tensor
+
+from ..channels import Slice
+from . import lora_arms, s2ft_arms, schedule_arms, sparse_delta_arms
+from .arms import Arm, full_arm
 from .errors import UserError
 from .settings import Settings
 
-_BUILDERS = {"lora": lora_arms.build, "sparse_delta": sparse_delta_arms.build}
 
+def build_arms(
+    model: Any,
+    settings: Settings,
+    batches: Callable[[int], Iterable[Tensor]],
+    channels: Mapping[str, Slice] | None = None,
+) -> tuple[list[Arm], str]:
+    """Turns the base model into the arms that `settings` ask for, ours first; weights that stay frozen are shared.
 
-def build_arms(model: Any, settings: Settings) -> tuple[list[Arm], str]:
-    """Turns the base model into the arms that `settings` ask for, ours first; the frozen weights are shared.
+    Args:
+        batches: the first batches of the training data, int64 `[B, seq_len]`, as many as it is called with.
+        channels: of a run that is continued, which channels train by path; None chooses them.
 
     Returns:
-        The arms, and what `inject` reported about ours.
+        The arms, and a report of what trains in ours.
 
     Raises:
-        UserError: target modules that match nothing, or peft missing for the comparison.
+        UserError: target modules that match nothing, a model that the method does not fit, or peft missing for the
+            comparison.
     """
     model.config.use_cache = False
+    whole = copy.deepcopy(model) if settings.compare == "full" else None
     try:
-        return _BUILDERS[settings.method](model, settings)
+        arms, report = _build(model, settings, batches, channels)
     except (ValueError, TypeError) as error:
+        if settings.trains_whole_model:
+            raise UserError(f"--method {settings.method} does not fit this model: {error}") from error
         raise UserError(f"the adapter cannot be added to this model: {error}") from error
+    if whole is not None:
+        arms.append(full_arm(whole, settings))
+    return arms, report
+
+
+def _build(
+    model: Any,
+    settings: Settings,
+    batches: Callable[[int], Iterable[Tensor]],
+    channels: Mapping[str, Slice] | None,
+) -> tuple[list[Arm], str]:
+    if settings.method == "lora":
+        return lora_arms.build(model, settings)
+    if settings.method == "sparse_delta":
+        return sparse_delta_arms.build(model, settings)
+    if settings.method == "s2ft":
+        return s2ft_arms.build(model, settings, batches, channels)
+    return schedule_arms.build(model, settings, batches)

@@ -22,7 +22,8 @@ class ArmSummary:
         final_loss: mean training loss of the last 10 steps (or of all, when there are fewer).
         held_out_loss: loss after training on blocks that were not trained on; None when the corpus had none to spare.
         peak_bytes: see `training/memory.py`.
-        trained_parameters: number of values that the optimizer updates.
+        optimizer_bytes: the most that the optimizer's state took after a step.
+        trained_parameters: number of values that the optimizer updates, or may update under a schedule.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ArmSummary:
     final_loss: float
     held_out_loss: float | None
     peak_bytes: int
+    optimizer_bytes: int
     trained_parameters: int
 
 
@@ -47,6 +49,7 @@ def summarize(arm: Arm, tokens_per_step: int, held_out_loss: float | None, peak_
         final_loss=statistics.fmean(arm.losses()[-_FINAL_STEPS:]),
         held_out_loss=held_out_loss,
         peak_bytes=peak_bytes,
+        optimizer_bytes=max(record.optimizer_bytes for record in arm.history),
         trained_parameters=sum(parameter.numel() for parameter in arm.parameters.values()),
     )
 
@@ -79,6 +82,7 @@ def results_rows(summaries: list[ArmSummary]) -> list[Row]:
         _row("seconds per step, median", summaries, [s.seconds_per_step for s in summaries], "{:.3f}"),
         Row("   quartiles", tuple("{:.3f} to {:.3f}".format(*s.seconds_spread) for s in summaries), None),
         _row("peak memory of a step, MiB", summaries, [s.peak_bytes / 2**20 for s in summaries], "{:,.1f}"),
+        _row("optimizer state, MiB", summaries, [s.optimizer_bytes / 2**20 for s in summaries], "{:,.1f}"),
         _row("final training loss", summaries, [s.final_loss for s in summaries], "{:.4f}"),
     ]
     held_out = [s.held_out_loss for s in summaries if s.held_out_loss is not None]

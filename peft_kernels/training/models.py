@@ -37,11 +37,16 @@ _LLAMA_SIZES = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in training precision on its device, and what belongs to it."""
+    """A base model in training precision on its device, and what belongs to it.
+
+    Attributes:
+        use_cache: what its configuration says of caching keys and values, which training turns off.
+    """
 
     model: nn.Module
     tokenizer: Any
     description: str
+    use_cache: bool
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
@@ -53,7 +58,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LoadedMod
         UserError: nothing of that name, a missing package, no network for a hub id.
     """
     require("transformers")
-    with _quiet_transformers():
+    with quiet_transformers():
         if name == "smollm2":
             model, tokenizer = _load_smollm2(dtype)
         elif name.startswith("random:"):
@@ -64,7 +69,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> LoadedMod
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token, which separates documents")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     architecture = type(model).__name__
-    return LoadedModel(model.to(device), tokenizer, f"{name} ({architecture}, {parameters / 1e6:.1f}M parameters)")
+    description = f"{name} ({architecture}, {parameters / 1e6:.1f}M parameters)"
+    return LoadedModel(model.to(device), tokenizer, description, bool(getattr(model.config, "use_cache", True)))
 
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -159,7 +165,7 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No log lines and progress bars of transformers while a model loads; errors are exceptions anyway."""
     from transformers.utils import logging as transformers_logging
 

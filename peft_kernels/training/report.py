@@ -27,7 +27,8 @@ class RunResult:
         environment: versions and device, see `info.versions`.
         adapter_report: what `inject` said about the layers it replaced.
         before, after: `sample` (continuation of `prompt`) and `held_out_loss` around training.
-        curve_difference: largest relative difference of the arms' losses; None for a single arm.
+        curve_difference: largest relative difference of the arms' losses; None for a single arm, or where the arms
+            train different things.
         peft_check: held-out loss of the written adapter in plain PEFT; None where that was not run.
     """
 
@@ -90,6 +91,8 @@ def write_html(result: RunResult, images: tuple[Path, ...], path: Path) -> None:
         notes=notes(result),
         images=encoded,
         settings=result.settings.as_dict(),
+        summary=result.settings.summary(),
+        usage=usage(result),
     )
     path.write_text(page, encoding="utf-8")
 
@@ -100,7 +103,8 @@ def headline(result: RunResult) -> list[tuple[str, str]]:
     items = [(f"{ours.tokens_per_second:,.0f}", "tokens per second")]
     if len(result.summaries) > 1:
         other = result.summaries[1]
-        items.append((f"{other.seconds_per_step / ours.seconds_per_step:.2f}x", f"speed of {other.name}'s layers"))
+        whose = f"{other.name}'s layers" if result.settings.compares_one_function else other.name
+        items.append((f"{other.seconds_per_step / ours.seconds_per_step:.2f}x", f"speed of {whose}"))
         items.append((f"{ours.peak_bytes / other.peak_bytes:.0%}", f"of {other.name}'s peak memory of a step"))
     else:
         items.append((f"{ours.peak_bytes / 2**20:,.0f} MiB", "peak memory of a step"))
@@ -117,13 +121,21 @@ def notes(result: RunResult) -> list[str]:
         "Step times include forward, backward and optimizer; the first steps after a start are left out.",
         f"Peak memory: {result.memory_measure}, for forward and backward of one extra step outside the timings. "
         "Weights, adapters and optimizer state are held before the step and not part of it.",
+        "Optimizer state: the most that was held after a step.",
         "Final training loss: mean of the last 10 steps. Held-out loss: blocks of the corpus that are not trained on.",
     ]
     if len(result.arms) > 1:
-        sentences.insert(
-            0,
-            "Both arms ran in one process over the same base weights, from the same initial adapter, on the same "
-            f"batches, one step each in turn. Ratio: peft-kernels over {result.arms[1].name}.",
+        sentences.insert(0, _how_compared(result))
+    if result.settings.dtype == "bfloat16" and (
+        result.settings.trains_whole_model or result.settings.compare == "full"
+    ):
+        sentences.append(
+            "Whole weights train in bfloat16, in which what a step adds is rounded to 8 bits of the weight."
+        )
+    if result.settings.method == "greentrainer":
+        sentences.append(
+            "The extra step computes every gradient, as the first step of each of GreenTrainer's periods does; the "
+            "others take less."
         )
     if result.curve_difference is not None:
         sentences.append(f"Largest relative difference between the two loss curves: {result.curve_difference:.1e}.")
@@ -134,6 +146,42 @@ def notes(result: RunResult) -> list[str]:
             f"(peft-kernels: {result.summaries[0].held_out_loss:.4f}{rounding})."
         )
     return sentences
+
+
+def _how_compared(result: RunResult) -> str:
+    other = result.arms[1].name
+    start = "Both arms ran in one process over the same base weights, "
+    if result.settings.compares_one_function:
+        start += "from the same initial adapter, on the same batches, one step each in turn. "
+    else:
+        start += "on the same batches, one step each in turn. They train different things, so their losses differ. "
+    return f"{start}Ratio: peft-kernels over {other}."
+
+
+def usage(result: RunResult) -> tuple[str, str]:
+    """What the run left, as a heading, and the lines that load it."""
+    beside = "# the directory beside this page"
+    if result.settings.trains_whole_model:
+        return "The model", (
+            "from transformers import AutoModelForCausalLM\n"
+            f'model = AutoModelForCausalLM.from_pretrained("model")  {beside}\n\n'
+            f"# What training has changed, as a file:  {extract_command(result.settings, Path('model'))}"
+        )
+    if result.settings.method == "s2ft":
+        return "The adapter", (
+            "from peft_kernels import load_adapter, slices\n"
+            f'slices.to_lora(slices.read("adapter", base_model), "lora")  # the same as LoRA, for PEFT\n'
+            f'load_adapter(base_model, "adapter")  {beside}'
+        )
+    return "The adapter", (
+        f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, "adapter")  {beside}'
+    )
+
+
+def extract_command(settings: Settings, model: Path) -> str:
+    """The command that writes the difference of the trained model and its base."""
+    base = settings.model if Path(settings.model).is_dir() else "BASE_MODEL_DIRECTORY"
+    return f"peft-kernels delta extract {base} {model} -o changes.delta"
 
 
 def print_results(result: RunResult, console: Console, output: Path) -> None:
@@ -152,5 +200,10 @@ def print_results(result: RunResult, console: Console, output: Path) -> None:
             console.print(result.prompt, end="", highlight=False, markup=False, style="dim")
             console.print(text, highlight=False, markup=False)
         console.rule()
-    for label, name in (("Report", "report.html"), ("Numbers", "metrics.json"), ("Adapter", "adapter")):
+    whole = result.settings.trains_whole_model
+    left = ("Model", "model") if whole else ("Adapter", "adapter")
+    for label, name in (("Report", "report.html"), ("Numbers", "metrics.json"), left):
         console.print(f"{label + ':':<9} {output / name}", highlight=False, markup=False, soft_wrap=True)
+    if whole:
+        command = extract_command(result.settings, output / "model")
+        console.print(f"What training has changed, as a file: {command}", highlight=False, markup=False, soft_wrap=True)

@@ -8,30 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import channels
+from ..schedules.hft import EMBEDDINGS, NORMS
+from . import method_options
 from .errors import UserError
+from .method_options import METHODS, SCHEDULES, option
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("lora", "sparse_delta"),
+    "method": METHODS,
     "dtype": ("float32", "bfloat16"),
     "adapter_dtype": ("float32", "model"),
     "lr_schedule": ("constant", "linear", "cosine"),
-    "compare": ("none", "peft", "shira"),
-    "selection": ("rigl", "sm3", "random", "magnitude", "fixed"),
+    "compare": ("none", "peft", "shira", "paca", "full"),
     "reselection_schedule": ("linear", "cosine"),
+    "dim": ("input", "output"),
+    "budget": channels.BUDGETS,
+    "norms": NORMS,
+    "embeddings": EMBEDDINGS,
 }
-_METHOD_OF_COMPARISON = {"peft": "lora", "shira": "sparse_delta"}
-_OF_ONE_METHOD = {
-    "lora": ("lora_alpha", "lora_dropout", "use_rslora"),
-    "sparse_delta": (
-        "density",
-        "selection",
-        "reselection_steps",
-        "selection_accumulation_steps",
-        "reselection_rate",
-        "reselection_schedule",
-    ),
-}
-"""Settings that mean nothing to the other method, and must keep their defaults there."""
 _AT_LEAST = {
     "r": 1,
     "seq_len": 2,
@@ -44,6 +38,9 @@ _AT_LEAST = {
     "seed": 0,
     "reselection_steps": 1,
     "selection_accumulation_steps": 1,
+    "calibration_batches": 1,
+    "interval": 1,
+    "active_layers": 1,
 }
 # May differ between the two halves of a resumed run: they do not enter the arithmetic. The data are compared by
 # content, not by path.
@@ -52,7 +49,10 @@ _FREE_ON_RESUME = ("data", "save_every", "sample_tokens", "prompt")
 
 @dataclass(frozen=True)
 class Settings:
-    """One fine-tuning run. Names are those of the options; `peft-kernels finetune --help` describes them."""
+    """One fine-tuning run. Names are those of the options; `peft-kernels finetune --help` describes them.
+
+    Defaults are those of LoRA. `started` fills in what another method has as its own.
+    """
 
     model: str = "smollm2"
     data: str | None = None
@@ -62,11 +62,23 @@ class Settings:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     density: float | None = None
-    selection: str = "rigl"
+    selection: str | None = None
     reselection_steps: int = 20
     selection_accumulation_steps: int = 5
     reselection_rate: float = 0.2
     reselection_schedule: str = "linear"
+    ratios: str | None = None
+    ratio: float | None = None
+    dim: str = "input"
+    largest: bool = True
+    budget: str = "global"
+    co_permute: bool = False
+    calibration_batches: int = 8
+    interval: int | None = None
+    active_layers: int = 2
+    norms: str = "half"
+    embeddings: str = "train"
+    rho: float = 0.5
     target_modules: str = "all-linear"
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
@@ -92,8 +104,9 @@ class Settings:
             if getattr(self, name) not in choices:
                 raise UserError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{option(name)} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{option(name)} must be at least {least}, got {value}")
         for name in ("lr", "lora_alpha"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"{option(name)} must be a positive number, got {getattr(self, name)}")
@@ -104,28 +117,17 @@ class Settings:
             raise UserError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
         if self.modules() == []:
             raise UserError("--target-modules must be all-linear or module names separated by commas, got nothing")
-        self._check_method()
+        method_options.check(self)
 
-    def _check_method(self) -> None:
-        """Raises UserError for settings that only another method has, or that a sparse delta cannot be made with."""
-        for method, names in _OF_ONE_METHOD.items():
-            for name in names:
-                if method != self.method and getattr(self, name) != getattr(type(self), name):
-                    raise UserError(f"{option(name)} belongs to --method {method}; this run has --method {self.method}")
-        method = _METHOD_OF_COMPARISON.get(self.compare, self.method)
-        if method != self.method:
-            raise UserError(f"--compare {self.compare} goes with --method {method}; this run has {self.method}")
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise UserError(f"--density must be in (0, 1], got {self.density}")
-        if self.density is not None and self.compare == "shira":
-            raise UserError("--compare shira: PEFT's SHiRA counts by rank, so give --r and leave --density out")
-        if not 0.0 <= self.reselection_rate <= 1.0:
-            raise UserError(f"--reselection-rate must be in [0, 1], got {self.reselection_rate}")
-        if self.selection_accumulation_steps > self.reselection_steps:
-            raise UserError(
-                f"--selection-accumulation-steps must be at most --reselection-steps, {self.reselection_steps}, "
-                f"got {self.selection_accumulation_steps}"
-            )
+    @property
+    def trains_whole_model(self) -> bool:
+        """Whether the model's own parameters train, and a model is what a run leaves."""
+        return self.method in SCHEDULES
+
+    @property
+    def compares_one_function(self) -> bool:
+        """Whether both arms compute and train the same, so that their loss curves agree up to rounding."""
+        return self.compare in ("shira", "paca") or (self.method, self.compare) == ("lora", "peft")
 
     def modules(self) -> str | list[str]:
         """`target_modules` as the configurations take it: `"all-linear"`, or a list of names."""
@@ -137,14 +139,27 @@ class Settings:
         """Tokens that one optimizer step reads."""
         return self.batch_size * self.gradient_accumulation * self.seq_len
 
+    def summary(self) -> str:
+        """The method and what says most about it, in a few words."""
+        sparse = f"density {self.density:g}" if self.density is not None else f"r = {self.r}"
+        text = {
+            "lora": f"r = {self.r}",
+            "sparse_delta": sparse,
+            "s2ft": self.ratios or f"{self.dim} channels, ratio {self.ratio}",
+            "lisa": f"{self.active_layers} layers, every {self.interval} steps others",
+            "hft": "one half of the matrices" if self.interval is None else f"every {self.interval} steps another half",
+            "greentrainer": f"rho = {self.rho:g}, every {self.interval} steps",
+        }
+        return f"{self.method}, {text[self.method]}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
 
-def option(name: str) -> str:
-    """The command line's spelling of a setting."""
-    return "--" + name.replace("_", "-")
+def started(given: Mapping[str, Any]) -> Settings:
+    """The settings of a new run: those that were named on the command line, and the method's defaults."""
+    return Settings(**method_options.filled_in(given, given.get("method", Settings.method)))
 
 
 def _depends_on_steps(saved: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 
 from ..reselection import Reselector
-from .arms import OURS, SHIRA, Arm, copy_sharing_parameters, fused_adamw, make_arm
+from .arms import OURS, SHIRA, Arm, copy_sharing_parameters, fused_adamw, make_arm, own_weights
 from .errors import UserError, require
 from .settings import Settings
 
@@ -26,7 +26,7 @@ def build(model: Any, settings: Settings) -> tuple[list[Arm], str]:
     if other is not None:
         require("peft")
         layers = _layers(model)
-        _own_weights(other, list(layers))
+        own_weights(other, layers)
         shira = _shira_model(other, list(layers), settings)
         pk.eject(model, merge=False)
         masks = {path: _mask(shira, path, layer) for path, layer in layers.items()}
@@ -79,13 +79,6 @@ def _sm3(model: nn.Module, parameters: list[nn.Parameter], settings: Settings) -
 
 def _layers(model: nn.Module) -> dict[str, pk.nn.SparseDeltaLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, pk.nn.SparseDeltaLinear)}
-
-
-def _own_weights(model: nn.Module, paths: list[str]) -> None:
-    """Copies of the weights that our arm writes its deltas into; the other weights stay shared."""
-    for path in paths:
-        linear: Any = model.get_submodule(path)
-        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
 
 
 def _shira_model(base: nn.Module, paths: list[str], settings: Settings) -> nn.Module:
