@@ -35,13 +35,14 @@ unit:
 # Triton reads its interpreter mode at import, so these tests have a process of their own.
 interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton tests/lora/test_bad_input.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/s2ft -k "cpu-triton and not number_of_threads"
 
 # The CUDA kernels, compiled for the CPU by the executor of tests/simt; then the tests of every backend on them. Without
 # those of torch.compile, as simulated operators have no fake kernels, of gradient_topk, which is Python around one, and
 # of weights of 4 GiB, of which the executor watches every byte.
 simulated:
 	$(BIN)/python -m pytest -q tests/simt
-	PEFT_KERNELS_SIMULATE=1 $(BIN)/python -m pytest -q tests/lora tests/sparse_delta \
+	PEFT_KERNELS_SIMULATE=1 $(BIN)/python -m pytest -q tests/lora tests/s2ft tests/sparse_delta \
 		-k "cpu-cuda and not test_compile and not opcheck and not gradient_topk and not large_weight"
 
 # An up-to-date build takes seconds: ninja compiles only what changed.

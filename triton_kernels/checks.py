@@ -34,7 +34,7 @@ def _refuse(op: str, message: str) -> NoReturn:
 def _matrix(op: str, name: str, tensor: Tensor, device: torch.device) -> torch.Size:
     """The shape of an argument that must be a matrix on the device of the others."""
     if tensor.dim() != 2:
-        _refuse(op, f"{name} must be 2-D, got {list(tensor.shape)}")
+        _refuse(op, f"{name} must be 2-D, got {_described(tensor)}")
     if tensor.device != device:
         _refuse(op, f"{name} must be on {device} like the other arguments, got {_described(tensor)}")
     return tensor.shape
@@ -283,9 +283,9 @@ CHECKS: dict[str, Callable[..., Any]] = {
 """Operator name to its check, which returns nothing or raises RuntimeError."""
 
 
-def checked(launcher: Callable[..., Any]) -> Callable[..., Any]:
+def checked(launcher: Callable[..., Any], checks: dict[str, Callable[..., Any]] = CHECKS) -> Callable[..., Any]:
     """`launcher` behind the check of its name."""
-    check = CHECKS[launcher.__name__]
+    check = checks[launcher.__name__]
 
     @functools.wraps(launcher)
     def call(*arguments: Any) -> Any:

@@ -55,7 +55,8 @@ def of_library(library: Path = LIBRARY) -> set[str]:
 def of_triton() -> set[str]:
     """The names of all Triton kernels; empty where Triton does not import."""
     try:
-        from peft_kernels.triton_kernels import common, lora_kernels
+        from peft_kernels.triton_kernels import common, lora_kernels, s2ft_kernels, sparse_delta_kernels
     except ImportError:
         return set()
-    return {name for module in (common, lora_kernels) for name in vars(module) if name.endswith("_kernel")}
+    modules = (common, lora_kernels, s2ft_kernels, sparse_delta_kernels)
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}

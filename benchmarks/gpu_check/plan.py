@@ -66,7 +66,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _tests(runner: Runner, summary: Summary, output: Path) -> None:
-    layer = ("tests/lora", "tests/sparse_delta", "tests/test_backends.py")
+    layer = ("tests/lora", "tests/s2ft", "tests/sparse_delta", "tests/test_backends.py")
     # Triton's have to compile their kernels first, which may take longer than there is time: they stand apart.
     ended = runner.run(
         "tests",

@@ -13,10 +13,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <optional>
 
 #include "../common/sparse_checks.h"
+#include "adamw.h"
 #include "sparse_entries.h"
 
 namespace peft_kernels {
@@ -51,16 +51,7 @@ __global__ void __launch_bounds__(kEntryThreads) scatter_kernel(const __grid_con
   } else if (a.values.data != nullptr) {
     unpack(original, a.target.dtype, before);
   } else {  // bits, so that a NaN stays the one it was
-#pragma unroll
-    for (int i = 0; i < kThreadEntries; ++i) {
-      if (i >= range.count) continue;
-      if (a.target.dtype == DType::float32) {
-        static_cast<uint32_t*>(a.target.weight)[positions[i]] = original.words[i];
-      } else {
-        static_cast<uint16_t*>(a.target.weight)[positions[i]] =
-            static_cast<uint16_t>(original.words[i / 2] >> i % 2 * 16);
-      }
-    }
+    store_bits(a.target.weight, a.target.dtype, range, positions, original);
     return;
   }
   unpack(values, a.values.dtype, delta);
@@ -68,20 +59,13 @@ __global__ void __launch_bounds__(kEntryThreads) scatter_kernel(const __grid_con
 }
 
 struct AdamWArguments {
-  Stream values, grad, exp_avg, exp_avg_sq;
+  AdamWState state;
   Stream original;
   DeltaTarget target;  // weight null: nothing is written back
-  int64_t count;
-  float decay;                 // 1 - lr weight_decay
-  float first_weight;          // 1 - beta1
-  float beta2, second_weight;  // and 1 - beta2
-  float eps;
-  float step_size;           // lr / (1 - beta1^step)
-  float root_of_correction;  // sqrt(1 - beta2^step)
 };
 
 __global__ void __launch_bounds__(kEntryThreads) sparse_adamw_kernel(const __grid_constant__ AdamWArguments a) {
-  const EntryRange range = entries_of_thread(a.count);
+  const EntryRange range = entries_of_thread(a.state.count);
   if (range.count == 0) return;
   const bool written = a.target.weight != nullptr;
   int64_t positions[kThreadEntries] = {};
@@ -90,33 +74,11 @@ __global__ void __launch_bounds__(kEntryThreads) sparse_adamw_kernel(const __gri
     load_positions(a.target, range, positions);
     original = load_packed(a.original, range);
   }
-  const PackedEntries packed_values = load_packed(a.values, range), packed_grad = load_packed(a.grad, range);
-  const PackedEntries packed_first = load_packed(a.exp_avg, range);
-  const PackedEntries packed_second = load_packed(a.exp_avg_sq, range);
-  float values[kThreadEntries], grad[kThreadEntries], first[kThreadEntries], second[kThreadEntries];
-  unpack(packed_values, a.values.dtype, values);
-  unpack(packed_grad, a.grad.dtype, grad);
-  unpack(packed_first, a.exp_avg.dtype, first);
-  unpack(packed_second, a.exp_avg_sq.dtype, second);
-  // As torch interpolates: from the nearer end, so that a weight of 1 gives the gradient itself.
-  const bool from_average = a.first_weight < 0.5f;
-  const float slope = from_average ? a.first_weight : a.first_weight - 1.0f;
-#pragma unroll
-  for (int i = 0; i < kThreadEntries; ++i) {
-    const float g = grad[i], average = first[i];
-    first[i] = (from_average ? average : g) + slope * (g - average);
-    second[i] = second[i] * a.beta2 + a.second_weight * g * g;
-    const float denominator = sqrtf(second[i]) / a.root_of_correction + a.eps;
-    values[i] = values[i] * a.decay - a.step_size * first[i] / denominator;
-  }
-  store_packed(a.exp_avg, range, pack(a.exp_avg.dtype, first));
-  store_packed(a.exp_avg_sq, range, pack(a.exp_avg_sq.dtype, second));
-  const PackedEntries rounded = pack(a.values.dtype, values);
-  store_packed(a.values, range, rounded);
+  const PackedEntries rounded = adamw_step(a.state, range);
   if (!written) return;
-  float before[kThreadEntries];
+  float before[kThreadEntries], values[kThreadEntries];
   unpack(original, a.target.dtype, before);
-  unpack(rounded, a.values.dtype, values);  // what the parameter holds is what the weight gets, in 16-bit values too
+  unpack(rounded, a.state.values.dtype, values);  // what the parameter holds is what the weight gets
   write_sums(a.target, range, positions, before, 1.0f, values);
 }
 
@@ -176,25 +138,13 @@ void sparse_adamw_(
   const DeviceGuard guard(values.get_device_index());
   const Tensor base = written ? torch::stable::contiguous(*original) : values;
   AdamWArguments a = {};
-  a.values = stream_of(values, values.mutable_data_ptr());
-  a.grad = stream_of(grad);
-  a.exp_avg = stream_of(exp_avg, exp_avg.mutable_data_ptr());
-  a.exp_avg_sq = stream_of(exp_avg_sq, exp_avg_sq.mutable_data_ptr());
+  a.state = adamw_state(values, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay);
   if (written) {
     a.target = target_of(*weight, *indices);
     a.original = stream_of(base);
   }
-  a.count = values.numel();
-  const auto steps = static_cast<double>(step);
-  a.decay = static_cast<float>(1.0 - lr * weight_decay);
-  a.first_weight = static_cast<float>(1.0 - beta1);
-  a.beta2 = static_cast<float>(beta2);
-  a.second_weight = static_cast<float>(1.0 - beta2);
-  a.eps = static_cast<float>(eps);
-  a.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, steps)));
-  a.root_of_correction = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, steps)));
   launch(
-      op, grid_of_entries(a.count), sparse_adamw_kernel, a,
+      op, grid_of_entries(values.numel()), sparse_adamw_kernel, a,
       {{"values", values, Access::write},
        {"grad", grad},
        {"exp_avg", exp_avg, Access::write},

@@ -129,6 +129,21 @@ __device__ __forceinline__ PackedEntries pack(DType dtype, const float (&numbers
   return packed;
 }
 
+// The entries as they are, each to a place of its own.
+__device__ __forceinline__ void store_bits(
+    void* to, DType dtype, const EntryRange& range, const int64_t (&positions)[kThreadEntries],
+    const PackedEntries& packed) {
+#pragma unroll
+  for (int i = 0; i < kThreadEntries; ++i) {
+    if (i >= range.count) continue;
+    if (dtype == DType::float32) {
+      static_cast<uint32_t*>(to)[positions[i]] = packed.words[i];
+    } else {
+      static_cast<uint16_t*>(to)[positions[i]] = static_cast<uint16_t>(packed.words[i / 2] >> i % 2 * 16);
+    }
+  }
+}
+
 // Four positions of a contiguous list.
 __device__ __forceinline__ void load_positions(
     const IndicesView& indices, bool vectors, const EntryRange& range, int64_t (&positions)[kThreadEntries]) {

@@ -63,15 +63,15 @@ def _fake_swiglu_backward(grad_h: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 
 def _register() -> None:
     triton = triton_launchers("s2ft")
-    for name, definition, fake in (
-        ("gather_columns", reference.gather_columns, _fake_gather_columns),
-        ("slice_grad", reference.slice_grad, _fake_slice_grad),
-        ("slice_write_", reference.slice_write_, _fake_in_place),
-        ("slice_adamw_", reference.slice_adamw_, _fake_in_place),
-        ("swiglu", reference.swiglu, _fake_swiglu),
-        ("swiglu_backward", reference.swiglu_backward, _fake_swiglu_backward),
+    for name, definition, fake, cuda in (
+        ("gather_columns", reference.gather_columns, _fake_gather_columns, True),
+        ("slice_grad", reference.slice_grad, _fake_slice_grad, False),  # a product: Triton's
+        ("slice_write_", reference.slice_write_, _fake_in_place, True),
+        ("slice_adamw_", reference.slice_adamw_, _fake_in_place, True),
+        ("swiglu", reference.swiglu, _fake_swiglu, True),
+        ("swiglu_backward", reference.swiglu_backward, _fake_swiglu_backward, True),
     ):
-        register_operator(name, reference=definition, fake=fake, cuda=False, triton=triton)
+        register_operator(name, reference=definition, fake=fake, cuda=cuda, triton=triton)
 
 
 _register()

@@ -49,7 +49,7 @@ WIDE = ("LDG.*128*", "STG.*128*")
 TENSOR_CORES = ("HMMA.*", "LDSM.*.4", "LDGSTS.*128*")
 """Matrix instructions on fragments of four matrices a load, on tiles that reach shared memory without registers."""
 
-_PRODUCTS = r"(shrink|matmul|factor_grad|grad_b|accumulate)_kernel of .*bf16.*"
+_PRODUCTS = r"(shrink|matmul|factor_grad|grad_b|accumulate|slice_grad)_kernel of .*bf16.*"
 
 
 def _int(name: re.Match[str], group: str) -> int:
@@ -104,6 +104,9 @@ FAMILIES = (
     Family("cuda", r"scatter_kernel|sampled_dots_kernel<\w+>", opcodes=WIDE[:1], blocks=4),
     Family("cuda", r"sparse_adamw_kernel|sm3_step_kernel|transpose_slab_kernel<[\w ]+>", opcodes=WIDE, blocks=4),
     Family("cuda", r"(tile_starts|sm3_maxima|sorted_merge|sorted_contains|order_entries)_kernel", blocks=4),
+    # Slices of channels: rows, and channels that are neighbors, 16 bytes at a time.
+    Family("cuda", r"gather_columns_kernel<[\w ]+>|slice_(write|adamw)_kernel", opcodes=WIDE, blocks=4),
+    Family("cuda", r"swiglu(_backward)?_kernel<\w+>", opcodes=WIDE, blocks=4),
     # The count-th largest product: histograms by atomics, threads enough to keep the arithmetic busy.
     Family("cuda", r"product_histogram_kernel", opcodes=("ATOMS.*", "FMUL*"), blocks=4),
     Family("cuda", r"(check_factors|excluded_histogram|choose_digit)_kernel|select_products_kernel<.*>", blocks=4),
@@ -122,6 +125,8 @@ FAMILIES = (
     Family("triton", _PRODUCTS, "sm_100", opcodes=("UTCHMMA*",)),
     # Rows of x are contiguous: 16 bytes at a time, straight into shared memory. Lost alignment hints show here first.
     Family("triton", r"(shrink|matmul|factor_grad|grad_b)_kernel of .*", opcodes=("LDGSTS*128*",)),
+    # On Ampere the operand that is transposed goes through registers; the other one has rows of a few channels.
+    Family("triton", r"slice_grad_kernel of .*", "sm_[!8]*", opcodes=("LDGSTS*128*",)),
 )
 
 

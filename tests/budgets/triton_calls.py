@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft_kernels.triton_kernels import lora, sparse_delta
+from peft_kernels.triton_kernels import lora, s2ft, sparse_delta
 from torch import Tensor
 
 Calls = Callable[[], None]
@@ -51,6 +51,17 @@ def _sampled(dtype: torch.dtype, rows: int = M, columns: int = K, index_dtype: t
     sparse_delta.sampled_product(dy, x, indices, torch.float32)
 
 
+def _slice_grad(dtype: torch.dtype, channels: int, dim: int, rows: int = M, columns: int = K, out: int = N) -> None:
+    """Of some of x's columns at dim 1, which come as a matrix, or of grad_out's at dim 0."""
+    dy, x = _empty(rows, out, dtype=dtype), _empty(rows, channels if dim == 1 else columns, dtype=dtype)
+    indices = _empty(channels, dtype=torch.int64) if dim == 0 else None
+    s2ft.slice_grad(dy, x, indices, torch.float32)
+
+
+def _gather(dtype: torch.dtype, channels: int) -> None:
+    s2ft.gather_columns(_empty(M, K, dtype=dtype), _empty(channels, dtype=torch.int64))
+
+
 _BF16, _FP32 = torch.bfloat16, torch.float32
 
 BUDGETED: dict[str, Calls] = {
@@ -69,6 +80,14 @@ BUDGETED: dict[str, Calls] = {
     "dropout_mask": _mask,
     "sampled_product bf16": lambda: _sampled(_BF16),
     "sampled_product fp32": lambda: _sampled(_FP32),
+    "slice_grad bf16 of 128 inputs": lambda: _slice_grad(_BF16, 128, 1),
+    "slice_grad bf16 of 430 inputs": lambda: _slice_grad(_BF16, 430, 1),
+    "slice_grad bf16 of 12 inputs": lambda: _slice_grad(_BF16, 12, 1),
+    "slice_grad bf16 of 430 outputs": lambda: _slice_grad(_BF16, 430, 0),
+    "slice_grad bf16 of 40 outputs, 256 columns": lambda: _slice_grad(_BF16, 40, 0, columns=256),
+    "slice_grad fp32 of 430 inputs": lambda: _slice_grad(_FP32, 430, 1),
+    "slice_grad fp32 of 40 outputs, 128 columns": lambda: _slice_grad(_FP32, 40, 0, columns=128),
+    "gather_columns bf16": lambda: _gather(_BF16, 430),
 }
 """Description to calls; every kernel they launch has a budget on every architecture."""
 
@@ -91,6 +110,10 @@ COMPILED: dict[str, Calls] = {
     "sizes of 1": lambda: _of_sizes(1, 1, 1),
     "odd sizes": lambda: _of_sizes(1003, 2047, 5),
     "sampled_product of odd sizes": lambda: _sampled(torch.float16, 1003, 517, torch.int64),
+    "slice_grad of one": lambda: _slice_grad(torch.float16, 1, 0, 1, 1, 1),
+    "slice_grad of odd inputs": lambda: _slice_grad(torch.float16, 33, 1, 1003, 517, 2047),
+    "slice_grad of odd outputs": lambda: _slice_grad(torch.float16, 33, 0, 1003, 517, 2047),
+    "slice_grad of odd outputs, few columns": lambda: _slice_grad(torch.float16, 33, 0, 1003, 117, 2047),
 }
 """Calls whose kernels must compile, at whatever cost."""
 
@@ -101,5 +124,7 @@ LARGEST: dict[str, Calls] = {
     "backward bf16 r128 fp32-factors dropout": lambda: _backward(_BF16, _FP32, 128, 0.1),
     "backward fp32 r128 dropout": lambda: _backward(_FP32, _FP32, 128, 0.1),
     "sampled_product bf16": lambda: _sampled(_BF16),
+    "slice_grad bf16": lambda: _slice_grad(_BF16, 430, 1),
+    "slice_grad fp32": lambda: _slice_grad(_FP32, 430, 1),
 }
 """Calls that take the most shared memory, which must still fit into cards that have little."""

@@ -74,13 +74,13 @@ class SparseInstance:
         exclude = self._positions().to(self.dtype)
         expected = sparse_selection.outer_product_topk(rows, columns, n * k // 5, exclude)
         operands = self._laid_out(layout, rows, columns)
-        positions = kernel(*operands, n * k // 5, _on_device(exclude, layout))
+        positions = kernel(*operands, n * k // 5, on_device(exclude, layout))
         assert_same_bits(positions, expected, self.kernel)
 
     def _check_sets(self, layout: str, kernel: Callable[..., Any]) -> None:
         first = self._positions().to(self.dtype)
         second = first + 1 if self.operator == "sorted_contains" else first[::3] + self.sizes[1] * self.sizes[2]
-        results = kernel(_on_device(first, layout), _on_device(second, layout))
+        results = kernel(on_device(first, layout), on_device(second, layout))
         expected = getattr(sparse_selection, self.operator)(first, second)
         for actual, exact in zip(_as_tuple(results), _as_tuple(expected), strict=True):
             assert_same_bits(actual, exact, self.kernel)
@@ -91,7 +91,7 @@ class SparseInstance:
         definition = getattr(sparse_delta, self.operator)
         own = delta.run(definition, self.operator)
         exact = delta.map(Tensor.double).run(definition, self.operator)
-        arguments = {name: _on_device(value, layout) for name, value in delta.arguments(self.operator).items()}
+        arguments = {name: on_device(value, layout) for name, value in delta.arguments(self.operator).items()}
         kernel(*arguments.values())
         for name in CHANGED[self.operator]:
             assert_accurate(arguments[name], own[name], exact[name], f"{self.kernel} {name}")
@@ -113,7 +113,7 @@ class SparseInstance:
         return self.kernel.replace("\\", "")
 
 
-def _on_device(value: Any, layout: str) -> Any:
+def on_device(value: Any, layout: str) -> Any:
     """Contiguous, and in the unaligned layout one element behind where the allocator starts."""
     if not isinstance(value, Tensor):
         return value

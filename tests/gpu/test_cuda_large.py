@@ -72,6 +72,29 @@ def test_accumulate():
     assert (out[-EDGE:] != 0.0).any()
 
 
+def test_gather_columns(x):
+    channels = torch.arange(5, COLUMNS, 101, device=cuda.DEVICE)
+    columns = cuda.kernel("gather_columns")(x, channels)
+    assert torch.equal(columns[-EDGE:], x[-EDGE:, channels])
+    assert not columns[:-EDGE].any()
+
+
+def test_swiglu(x):
+    channels = torch.arange(5, COLUMNS, 101, device=cuda.DEVICE)
+    h, kept = cuda.kernel("swiglu")(x, x, channels)
+    wide = x[-EDGE:].double()
+    torch.testing.assert_close(h[-EDGE:].double(), wide * wide * wide.sigmoid(), rtol=2**-8, atol=0.0)
+    assert torch.equal(kept[-EDGE:], h[-EDGE:, channels])
+    assert not h[:-EDGE].any() and not kept[:-EDGE].any()
+
+
+def test_slice_write():
+    weight = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=cuda.DEVICE)
+    channels = torch.tensor([3, COLUMNS - 1], device=cuda.DEVICE)
+    cuda.kernel("slice_write_")(weight, channels, torch.ones(ROWS, 2, device=cuda.DEVICE), 1)
+    assert int(weight[-EDGE:].sum()) == 2 * EDGE and bool((weight[:, channels] == 1.0).all())
+
+
 def row_of_mask(row, dropout_p, seed, offset):
     """One row of the reference mask, without the rows before it."""
     group, zero = torch.arange((COLUMNS + 7) // 8), torch.zeros((), dtype=torch.int64)

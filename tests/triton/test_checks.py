@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from peft_kernels.triton_kernels import checks, lora, sparse_delta
+from peft_kernels.triton_kernels import checks, lora, s2ft, slice_checks, sparse_delta
 
 from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, random_call
 
@@ -20,11 +20,12 @@ OTHER_TENSORS = [
 
 
 def test_every_launcher_has_a_check_with_its_arguments():
-    launchers = {**lora.LAUNCHERS, **sparse_delta.LAUNCHERS}
-    assert set(checks.CHECKS) == set(launchers)
+    launchers = {**lora.LAUNCHERS, **s2ft.LAUNCHERS, **sparse_delta.LAUNCHERS}
+    every_check = {**checks.CHECKS, **slice_checks.CHECKS}
+    assert set(every_check) == set(launchers)
     for operator, launcher in launchers.items():
         expected = inspect.signature(launcher).parameters.values()
-        found = inspect.signature(checks.CHECKS[operator]).parameters.values()
+        found = inspect.signature(every_check[operator]).parameters.values()
         assert [(p.name, p.annotation) for p in found] == [(p.name, p.annotation) for p in expected]
 
 
