@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import calls, deltas, lora, metadata, model, report, results, sparse_delta
+from . import calls, deltas, lora, metadata, model, report, results, s2ft, sparse_delta
 from .cases import Progress, Record, failures
 from .suites import SUITES, Suite
 
@@ -22,6 +22,8 @@ BENCHMARKS: dict[str, Callable[[Suite, Progress], Record]] = {
     "lora_model": model.run_lora,
     "sparse_delta": sparse_delta.run,
     "sparse_delta_model": model.run_sparse_delta,
+    "s2ft": s2ft.run,
+    "s2ft_model": model.run_s2ft,
     "delta_algebra": deltas.run,
 }
 
@@ -51,6 +53,8 @@ def _wanted(suite: Suite, names: Sequence[str]) -> list[str]:
         "lora_model": suite.models,
         "sparse_delta": suite.sparse,
         "sparse_delta_model": suite.sparse_models,
+        "s2ft": suite.s2ft,
+        "s2ft_model": suite.s2ft_models,
         "delta_algebra": suite.deltas,
     }
     return [name for name in names if cases[name]]

@@ -6,10 +6,13 @@ from typing import Any
 
 from .lora_arms import LORA
 from .model_arms import ArmFamily
+from .s2ft_arms import S2FT
 from .sparse_delta_arms import SPARSE_DELTA
-from .suites import ModelCase, SparseModelCase
+from .suites import AnyModelCase, ModelCase, S2FTModelCase
 
 
-def family_of(case: ModelCase | SparseModelCase) -> ArmFamily[Any]:
+def family_of(case: AnyModelCase) -> ArmFamily[Any]:
     """The family of adapters that `case` is about."""
+    if isinstance(case, S2FTModelCase):
+        return S2FT
     return LORA if isinstance(case, ModelCase) else SPARSE_DELTA

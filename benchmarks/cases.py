@@ -7,10 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from .suites import CallCase, DeltaCase, LayerCase, ModelCase, SparseCase, SparseModelCase
+from .suites import (
+    CallCase,
+    DeltaCase,
+    LayerCase,
+    ModelCase,
+    S2FTCase,
+    S2FTModelCase,
+    SparseCase,
+    SparseModelCase,
+)
 
 Record = dict[str, Any]
-Case = TypeVar("Case", LayerCase, ModelCase, SparseCase, SparseModelCase, CallCase, DeltaCase)
+AnyCase = LayerCase | ModelCase | SparseCase | SparseModelCase | S2FTCase | S2FTModelCase | CallCase | DeltaCase
+Case = TypeVar("Case", LayerCase, ModelCase, SparseCase, SparseModelCase, S2FTCase, S2FTModelCase, CallCase, DeltaCase)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ def failure(error: BaseException) -> Record:
     return {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}
 
 
-def described(case: LayerCase | ModelCase | SparseCase | SparseModelCase | CallCase | DeltaCase) -> Record:
+def described(case: AnyCase) -> Record:
     """A case in plain values, for JSON."""
     values = asdict(case)
     if "dtype" in values:

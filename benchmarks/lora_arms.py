@@ -103,5 +103,6 @@ LORA = ArmFamily(
     build,
     ideal_ratio,
     lambda case: PEFT,
+    lambda case, name: None if case.dropout_p > 0.0 else PEFT,
     "torch.optim.AdamW(lr=1e-4, fused=True) on the adapter; none for the frozen model",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,16 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Storage address to bytes; tensors that share a storage count once."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _dense(tensors)}
+
+
+def _dense(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What lies in memory: of a sparse tensor (PEFT's SHiRA saves one), its indices and values."""
+    for tensor in tensors:
+        if tensor.layout == torch.sparse_coo:
+            yield from (tensor._indices(), tensor._values())
+        else:
+            yield tensor
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -16,11 +16,10 @@ from .arm_families import family_of
 from .cases import Progress, Record, failure, run_cases
 from .harness import Arm, interleave, summarize
 from .model_arms import ModelArm
-from .suites import ModelCase, SparseModelCase, Suite
+from .suites import AnyModelCase, Suite
 
-AnyModelCase = ModelCase | SparseModelCase
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest accepted relative difference of the first loss to PEFT's, without dropout."""
+"""Largest accepted relative difference of the first loss to that of the arm it must be equal to."""
 
 
 def _build(base: nn.Module, case: AnyModelCase) -> tuple[list[ModelArm], dict[str, Record]]:
@@ -45,22 +44,22 @@ def _build(base: nn.Module, case: AnyModelCase) -> tuple[list[ModelArm], dict[st
 
 
 def _check_losses(arms: Sequence[ModelArm], records: dict[str, Record], case: AnyModelCase, batch: Tensor) -> None:
-    """Records every arm's first loss and marks as wrong an arm whose loss without dropout is not PEFT's."""
+    """Records every arm's first loss and marks as wrong an arm whose loss is not the one that its family says."""
     for arm in arms:
         loss = arm.forward_backward(batch)
         for parameter in arm.trainable().values():
             parameter.grad = None
         records[arm.name]["first_loss"] = loss.item()
-    peft = family_of(case).peft(case)
-    reference = records.get(peft, {}).get("first_loss")
-    if (isinstance(case, ModelCase) and case.dropout_p > 0.0) or reference is None:
-        return
     for name, record in records.items():
         if name == model_arms.FROZEN or "first_loss" not in record:
             continue
+        same = family_of(case).same_loss(case, name)
+        reference = None if same is None else records.get(same, {}).get("first_loss")
+        if reference is None:
+            continue
         difference = abs(record["first_loss"] - reference) / abs(reference)
         if not difference <= _TOLERANCE[case.dtype]:
-            reason = f"first loss {record['first_loss']} is {difference:.1e} off {reference} of {peft}"
+            reason = f"first loss {record['first_loss']} is {difference:.1e} off {reference} of {same}"
             record.update(status="wrong", reason=reason)
 
 
@@ -73,6 +72,7 @@ def measure(case: AnyModelCase, suite: Suite, base: nn.Module, tokens: Sequence[
     def run(arm: ModelArm) -> Callable[[int], Tensor]:
         return lambda i: arm.step(tokens[i % len(tokens)])
 
+    model_memory.add_saved(records, ready, tokens[0])
     timed = [Arm(arm.name, run(arm)) for arm in ready]
     family = family_of(case)
     bases = (model_arms.FROZEN, family.peft(case))
@@ -131,6 +131,11 @@ def run_sparse_delta(suite: Suite, progress: Progress) -> Record:
     return _run(suite, suite.sparse_models, progress)
 
 
+def run_s2ft(suite: Suite, progress: Progress) -> Record:
+    """All model cases of `suite` for slices."""
+    return _run(suite, suite.s2ft_models, progress)
+
+
 def _label(record: Record) -> str:
     case = record["case"]
     size = f"{case['batch_size']} x {case['sequence_length']}"
@@ -139,13 +144,16 @@ def _label(record: Record) -> str:
 
 def adapter_of(case: Record) -> str:
     """The adapter of a case, in words."""
+    if "down" in case:
+        return f"down {case['down']:.0%}, o {case['o']:.0%}; LoRA r={case['r']}"
     if "dropout_p" in case:
         return f"r={case['r']}, dropout {case['dropout_p']}"
     return f"as many as r={case['r']}" if case["density"] is None else f"density {case['density']:.2%}"
 
 
 def describe(record: Record) -> str:
-    """One line: every arm's time per step relative to the frozen model, and what it adds to the peak of memory."""
+    """One line: every arm's time per step and bytes kept for backward relative to the frozen model, and what it adds to
+    the peak of memory."""
     parts = []
     for name, arm in record["arms"].items():
         if arm["status"] != "measured":
@@ -154,6 +162,9 @@ def describe(record: Record) -> str:
             parts.append(f"{name} {arm['median_s']:.3f} s")
         else:
             added = arm.get("memory", {}).get("added")
-            memory = f" (+{added['resident_bytes'] / 1e6:.0f} MB)" if added else ""
-            parts.append(f"{name} {arm['relative_to'][model_arms.FROZEN]['median_of_ratios']:.3f}{memory}")
+            memory = f" ({added['resident_bytes'] / 1e6:+.0f} MB)" if added else ""
+            saved = arm["saved"].get("relative_to_frozen", {}).get("bytes")
+            kept = f", keeps {saved:.3f}" if saved else ""
+            ratio = arm["relative_to"][model_arms.FROZEN]["median_of_ratios"]
+            parts.append(f"{name} {ratio:.3f}{kept}{memory}")
     return f"{_label(record)}: " + ", ".join(parts)

@@ -7,7 +7,7 @@ loss to the embeddings' output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from peft_kernels.training.arms import copy_sharing_parameters
 
-from .suites import ModelCase, SparseModelCase
+from .suites import AnyModelCase, ModelCase, S2FTModelCase, SparseModelCase
 
 FROZEN = "frozen model"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-Case = TypeVar("Case", ModelCase, SparseModelCase)
+Case = TypeVar("Case", ModelCase, SparseModelCase, S2FTModelCase)
 
 
 @dataclass
@@ -74,7 +74,9 @@ class ArmFamily(Generic[Case]):
         names: the arms of a case, the frozen model first.
         build: one of them over the parameters of a base model, which itself stays as it is.
         ideal_ratio: operations with adapters over operations of the frozen model, linears alone (attention left out).
-        peft: the arm that first losses and memory are compared with.
+        peft: the arm that memory is compared with.
+        same_loss: by arm, whose first loss its own must be, as they begin with the same weights; None where that
+            cannot be said.
         optimizer: in words, for the result file.
     """
 
@@ -82,6 +84,7 @@ class ArmFamily(Generic[Case]):
     build: Callable[[str, nn.Module, Case], ModelArm]
     ideal_ratio: Callable[[nn.Module, Case], float]
     peft: Callable[[Case], str]
+    same_loss: Callable[[Case, str], str | None]
     optimizer: str
 
 
@@ -94,7 +97,22 @@ def bare_model(base: nn.Module) -> Any:
     return model
 
 
-def batches(tokenizer: Any, case: ModelCase | SparseModelCase, count: int) -> list[Tensor]:
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that adapters go into, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in TARGETS
+    }
+
+
+def own_weights(linears: Iterable[nn.Linear]) -> None:
+    """Gives layers frozen weights of their own, so that what is written into them shows in no other arm."""
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+
+def batches(tokenizer: Any, case: AnyModelCase, count: int) -> list[Tensor]:
     """`count` batches int64 `[batch_size, sequence_length]` of real text: the source of a standard library module."""
     import argparse
     import inspect

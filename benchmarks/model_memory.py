@@ -1,10 +1,16 @@
-"""Peak memory of one training step, each arm in a fresh process: an arm must not profit from another's heap."""
+"""Memory of one training step: what autograd keeps for backward, and peaks.
+
+Peaks are taken of each arm in a fresh process: an arm must not profit from another's heap.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_kernels.training.models import LoadedModel, load_model
 
@@ -12,14 +18,37 @@ from . import memory, model_arms
 from .apart import run_apart
 from .arm_families import family_of
 from .cases import Record, failure
-from .suites import ModelCase, SparseModelCase
-
-AnyModelCase = ModelCase | SparseModelCase
+from .model_arms import ModelArm
+from .suites import AnyModelCase
 
 _WARMUP_STEPS = 2  # the first fills the optimizer's state, the second the libraries' caches
 # Imported once by the server that forks the fresh processes, so in every arm alike.
 _PRELOADED = ["benchmarks.model_memory", "peft", "transformers.models.llama.modeling_llama"]
 _MEASURES = ("resident_bytes", "tensor_bytes")
+
+
+def _saved_by(arm: ModelArm, batch: Tensor) -> dict[str, Any]:
+    """Bytes that forward keeps for backward, storages counted once; without parameters, buffers and the batch.
+
+    `bytes` up to the loss, `decoder_bytes` up to the last hidden state, without the vocabulary's logits.
+    """
+    decoder: Any = arm.model.get_decoder()  # type: ignore[operator]
+    forwards = {
+        "bytes": lambda: arm.model(input_ids=batch, labels=batch).loss,
+        "decoder_bytes": lambda: decoder(input_ids=batch).last_hidden_state,
+    }
+    resident = [*arm.resident_tensors(), batch]
+    return {name: memory.saved_bytes(forward, resident)[0] for name, forward in forwards.items()}
+
+
+def add_saved(records: dict[str, Record], arms: Sequence[ModelArm], batch: Tensor) -> None:
+    """Adds `saved` to the record of every arm: see `_saved_by`, and both relative to the frozen model's."""
+    taken = {arm.name: _saved_by(arm, batch) for arm in arms}
+    frozen = taken.get(model_arms.FROZEN)
+    for name, saved in taken.items():
+        if frozen is not None and name != model_arms.FROZEN:
+            saved["relative_to_frozen"] = {key: saved[key] / frozen[key] for key in frozen}
+        records[name]["saved"] = saved
 
 
 def measure_here(directory: str, name: str, case: AnyModelCase) -> dict[str, int]:

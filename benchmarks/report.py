@@ -48,6 +48,12 @@ _KINDS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "sparse-operations": ("sparse_delta", tables.sparse_operations),
     "sparse-model-time": ("sparse_delta_model", tables.model_time),
     "sparse-model-memory": ("sparse_delta_model", tables.model_memory),
+    "model-saved": ("lora_model", tables.model_saved),
+    "sparse-model-saved": ("sparse_delta_model", tables.model_saved),
+    "s2ft-operations": ("s2ft", tables.s2ft_operations),
+    "s2ft-model-time": ("s2ft_model", tables.model_time),
+    "s2ft-model-saved": ("s2ft_model", tables.model_saved),
+    "s2ft-model-memory": ("s2ft_model", tables.model_memory),
     "call-overhead": ("call_overhead", tables.call_overhead),
     "delta-algebra": ("delta_algebra", tables.delta_algebra),
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,11 @@ import peft_kernels as pk
 from peft_kernels import backends
 from peft_kernels.nn.positions import random_positions
 
-from . import access
-from .cases import Progress, Record, failure, run_cases
-from .harness import Arm, interleave, summarize
+from . import access, operations
+from .cases import Progress, Record, run_cases
+from .operations import OURS, Run, copies, require_equal, turn
 from .suites import SparseCase, Suite
 
-OURS = "ours"
 BOUND = "C loop, same accesses"
 INDEX_PUT = "torch, index_put_"
 UNFUSED = "torch.optim.AdamW, index_put_"
@@ -38,7 +36,6 @@ SUPER_TUNING = "PEFT Super-Tuning"
 BASES = {"write": (INDEX_PUT, BOUND), "adamw": (UNFUSED,), "gradient": (DENSE,), "layer": (FROZEN, SUPER_TUNING)}
 """By operation, what ours is compared with; the last one is what the table's factor is taken from."""
 
-_CACHE_BYTES = 2**28
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -71,21 +68,10 @@ class _Delta:
 def _rotation(case: SparseCase) -> list[_Delta]:
     """So many weights that none stays in a cache until its next turn."""
     size = case.N * case.K * case.dtype.itemsize
-    return [_Delta.random(case, seed) for seed in range(max(2, _CACHE_BYTES // size))]
+    return [_Delta.random(case, seed) for seed in range(copies(size))]
 
 
-def _turn(items: list[Any], call: Callable[[Any], object]) -> Callable[[int], object]:
-    """`call` on the next of `items`, a counter of its own for each arm: no two arms in a row get the same one."""
-    position = [0]
-
-    def run(_: int) -> object:
-        position[0] += 1
-        return call(items[position[0] % len(items)])
-
-    return run
-
-
-def _write(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+def _write(case: SparseCase) -> list[Run]:
     deltas = _rotation(case)
     write = backends.kernel("scatter_write_", "cpu", case.dtype)
 
@@ -95,13 +81,13 @@ def _write(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
     ours(deltas[0])
     written = deltas[0].weight.clone()
     deltas[0].index_put()
-    _require_equal("scatter_write_", written, deltas[0].weight, 0.0)
+    require_equal("scatter_write_", written, deltas[0].weight, 0.0)
     bound = access.scattered_write()
-    arms = [(OURS, _turn(deltas, ours)), (INDEX_PUT, _turn(deltas, _Delta.index_put))]
-    return [*arms, (BOUND, _turn(deltas, lambda d: bound(d.weight, d.indices, d.original, d.values)))]
+    arms = [(OURS, turn(deltas, ours)), (INDEX_PUT, turn(deltas, _Delta.index_put))]
+    return [*arms, (BOUND, turn(deltas, lambda d: bound(d.weight, d.indices, d.original, d.values)))]
 
 
-def _adamw(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+def _adamw(case: SparseCase) -> list[Run]:
     update = backends.kernel("sparse_adamw_", "cpu", torch.float32)
     # Optimizers keep state, so each has deltas of its own; both start from the same ones.
     ours = [(d, torch.zeros_like(d.values), torch.zeros_like(d.values)) for d in _rotation(case)]
@@ -118,11 +104,11 @@ def _adamw(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
 
     one(ours[0])
     other(theirs[0])
-    _require_equal("sparse_adamw_", ours[0][0].values, theirs[0][0].values, 1e-6)
-    return [(OURS, _turn(ours, one)), (UNFUSED, _turn(theirs, other))]
+    require_equal("sparse_adamw_", ours[0][0].values, theirs[0][0].values, 1e-6)
+    return [(OURS, turn(ours, one)), (UNFUSED, turn(theirs, other))]
 
 
-def _gradient(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+def _gradient(case: SparseCase) -> list[Run]:
     delta = _Delta.random(case, 0)
     generator = torch.Generator().manual_seed(1)
     pairs = [
@@ -136,11 +122,11 @@ def _gradient(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
     def dense(pair: tuple[Tensor, Tensor]) -> Tensor:
         return (pair[0].t() @ pair[1]).view(-1)[delta.wide].float()
 
-    _require_equal("sampled_product", ours(pairs[0]), dense(pairs[0]), _TOLERANCE[case.dtype])
-    return [(OURS, _turn(pairs, ours)), (DENSE, _turn(pairs, dense))]
+    require_equal("sampled_product", ours(pairs[0]), dense(pairs[0]), _TOLERANCE[case.dtype])
+    return [(OURS, turn(pairs, ours)), (DENSE, turn(pairs, dense))]
 
 
-def _layer(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
+def _layer(case: SparseCase) -> list[Run]:
     import peft
 
     generator = torch.Generator().manual_seed(1)
@@ -155,7 +141,7 @@ def _layer(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
     peft.get_peft_model(host, peft.SupertuningConfig(sparsity=1.0 - case.density, target_modules=["0"]))
     ours = pk.nn.SparseDeltaLinear.from_linear(linear(), density=case.density, selection="magnitude")
     layers = {OURS: ours, FROZEN: linear(), SUPER_TUNING: host[0]}
-    _require_equal("SparseDeltaLinear", ours(x).detach(), host[0](x).detach(), _TOLERANCE[case.dtype])
+    require_equal("SparseDeltaLinear", ours(x).detach(), host[0](x).detach(), _TOLERANCE[case.dtype])
 
     def step(layer: nn.Module) -> Callable[[int], object]:
         def run(_: int) -> None:
@@ -166,12 +152,6 @@ def _layer(case: SparseCase) -> list[tuple[str, Callable[[int], object]]]:
         return run
 
     return [(name, step(layer)) for name, layer in layers.items()]
-
-
-def _require_equal(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = (found.double() - expected.double()).norm() / expected.double().norm()
-    if not error <= tolerance:
-        raise RuntimeError(f"{name} is {error:.1e} off what it is compared with, so it gets no time")
 
 
 _OPERATIONS = {"write": _write, "adamw": _adamw, "gradient": _gradient, "layer": _layer}
@@ -192,12 +172,10 @@ def _limits(case: SparseCase) -> dict[str, float]:
 
 def measure(case: SparseCase, suite: Suite) -> Record:
     """Seconds of every arm of one case."""
-    try:
-        arms = [Arm(name, run) for name, run in _OPERATIONS[case.operation](case)]
-    except Exception as error:
-        return {"limits": _limits(case), "arms": {OURS: failure(error)}}
-    times = summarize(interleave(arms, suite.sparse_plan, suite.device_type), BASES[case.operation])
-    return {"limits": _limits(case), "arms": {name: {**arm, "status": "measured"} for name, arm in times.items()}}
+    bases = BASES[case.operation]
+    return operations.measure(
+        lambda: _OPERATIONS[case.operation](case), _limits(case), bases, suite.sparse_plan, suite.device_type
+    )
 
 
 def run(suite: Suite, progress: Progress) -> Record:
@@ -209,8 +187,4 @@ def describe(record: Record) -> str:
     """One line: the case and every arm's time."""
     case = record["case"]
     label = f"{case['operation']} M={case['M']} {case['K']}->{case['N']} {case['density']:.2%} {case['dtype']}"
-    parts = [
-        f"{name} {arm['median_s'] * 1e6:.0f} us" if arm["status"] == "measured" else f"{name} {arm['reason']}"
-        for name, arm in record["arms"].items()
-    ]
-    return f"{label}: " + ", ".join(parts)
+    return f"{label}: {operations.times(record)}"

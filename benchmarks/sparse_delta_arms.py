@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 
 from .limits import Shape
-from .model_arms import FROZEN, TARGETS, ArmFamily, ModelArm, bare_model
+from .model_arms import FROZEN, TARGETS, ArmFamily, ModelArm, bare_model, decoder_linears, own_weights
 from .suites import SparseModelCase
 
 SHIRA = "PEFT SHiRA"
@@ -40,14 +40,6 @@ def peft_name(case: SparseModelCase) -> str:
 def arm_names(case: SparseModelCase) -> tuple[str, ...]:
     """The arms of a case."""
     return (FROZEN, peft_name(case), ACCELERATE, INJECT, INJECT_SPARSE_ADAMW)
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in TARGETS
-    }
 
 
 def _peft_model(model: Any, case: SparseModelCase) -> Any:
@@ -93,14 +85,8 @@ def _set_peft_values(model: nn.Module) -> None:
             parameter.copy_(_values(plain, parameter.numel())[rank])
 
 
-def _own_weights(model: nn.Module) -> None:
-    """Gives the layers to adapt weights of their own, so that what is written into them shows in no other arm."""
-    for linear in _linears(model).values():
-        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-
-
 def _ours(model: nn.Module, case: SparseModelCase) -> None:
-    positions = {path: _positions(case, linear) for path, linear in _linears(model).items()}
+    positions = {path: _positions(case, linear) for path, linear in decoder_linears(model).items()}
     pk.inject(model, pk.SparseDeltaConfig(selection="fixed", target_modules=list(TARGETS)), positions=positions)
     with torch.no_grad():
         for path in positions:
@@ -114,7 +100,7 @@ def build(name: str, base: nn.Module, case: SparseModelCase) -> ModelArm:
     if name == FROZEN:
         return ModelArm(name, model.train(), None)
     if name != peft_name(case):
-        _own_weights(model)
+        own_weights(decoder_linears(model).values())
     if name in (INJECT, INJECT_SPARSE_ADAMW):
         _ours(model, case)
     else:
@@ -154,5 +140,6 @@ SPARSE_DELTA = ArmFamily(
     build,
     ideal_ratio,
     peft_name,
+    lambda case, name: peft_name(case),
     "torch.optim.AdamW(lr=1e-4, fused=True) on the deltas, or SparseAdamW(lr=1e-4); none for the frozen model",
 )

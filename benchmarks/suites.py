@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -49,6 +50,23 @@ class SparseModelCase:
 
 
 @dataclass(frozen=True)
+class S2FTModelCase:
+    """The same with slices: a share `down` of the MLPs' channels and a share `o` of the heads train, counted over all
+    layers, as the input channels of down_proj and o_proj; beside LoRA of rank r in every linear of the decoder."""
+
+    model: str
+    batch_size: int
+    sequence_length: int
+    down: float
+    o: float
+    r: int
+    dtype: torch.dtype
+
+
+AnyModelCase = ModelCase | SparseModelCase | S2FTModelCase
+
+
+@dataclass(frozen=True)
 class SparseCase:
     """One operation on a weight `[N, K]` of which `density` trains, with M tokens: "write", "adamw", "gradient" or
     "layer", see `benchmarks/sparse_delta.py`."""
@@ -59,6 +77,34 @@ class SparseCase:
     N: int
     density: float
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class S2FTCase:
+    """One operation on weights `[N, K]`: "gradient", "adamw", "swiglu", "layer" or "switch", see `benchmarks/s2ft.py`.
+
+    Attributes:
+        M: tokens; 0 where an operation sees none.
+        ratio: share of the channels that train.
+        dim: whether those are "input" or "output" channels.
+        layers: how many weights, where it takes a whole model.
+        r: rank of the LoRA adapter that it is compared with, or None.
+    """
+
+    operation: str
+    M: int
+    K: int
+    N: int
+    ratio: float
+    dtype: torch.dtype
+    dim: Literal["input", "output"] = "input"
+    layers: int = 1
+    r: int | None = None
+
+    @property
+    def channels(self) -> int:
+        """How many channels of each weight train."""
+        return max(1, round(self.ratio * (self.K if self.dim == "input" else self.N)))
 
 
 @dataclass(frozen=True)
@@ -112,6 +158,9 @@ class Suite:
     sparse: tuple[SparseCase, ...] = ()
     sparse_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     sparse_models: tuple[SparseModelCase, ...] = ()
+    s2ft: tuple[S2FTCase, ...] = ()
+    s2ft_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
+    s2ft_models: tuple[S2FTModelCase, ...] = ()
     model_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     backends: tuple[str, ...] = ()
     memory_of_model: bool = False
@@ -125,6 +174,29 @@ def _sparse(M: int, K: int, N: int, operations: dict[str, tuple[float, ...]]) ->
         for operation, densities in operations.items()
         for dtype in (BF16, FP32)
         for density in densities
+    )
+
+
+def _s2ft() -> tuple[S2FTCase, ...]:
+    both = (BF16, FP32)
+    # Llama-3-8B's down_proj, scaled down by 4 and by 2, and whole with fewer tokens.
+    scaled = [
+        S2FTCase("gradient", M, K, N, ratio, dtype)
+        for M, K, N in ((1024, 3584, 1024), (2048, 7168, 2048))
+        for dtype in both
+        for ratio in (0.01, 0.03, 0.1)
+    ]
+    whole = [S2FTCase("gradient", 1024, 14336, 4096, 0.03, dtype) for dtype in both]
+    up = [S2FTCase("gradient", 2048, 2048, 7168, 0.03, dtype, dim="output") for dtype in both]
+    # The same MLP, and that of SmolLM2-135M at batch 2 x 256.
+    mlps = ((512, 1536, 576), (2048, 7168, 2048))
+    return (
+        *(*scaled, *whole, *up),
+        *(S2FTCase("adamw", 0, K, N, 0.03, dtype) for _, K, N in mlps for dtype in both),
+        *(S2FTCase("swiglu", M, K, N, 0.03, dtype) for M, K, N in mlps for dtype in both),
+        *(S2FTCase("layer", M, K, N, 0.03, dtype) for M, K, N in mlps for dtype in both),
+        *(S2FTCase("layer", M, N, K, 0.03, dtype, dim="output") for M, K, N in mlps for dtype in both),
+        *(S2FTCase("switch", 0, 1536, 576, 0.03, dtype, layers=30, r=16) for dtype in both),
     )
 
 
@@ -150,6 +222,9 @@ def _cpu() -> Suite:
             SparseModelCase("smollm2", 2, 256, 16, None, BF16),
             SparseModelCase("smollm2", 2, 256, None, 0.005, BF16),
         ),
+        s2ft=_s2ft(),
+        s2ft_plan=Plan(warmup=5, min_rounds=21, max_rounds=201, seconds=3.0),
+        s2ft_models=(S2FTModelCase("smollm2", 2, 256, 0.03, 0.05, 16, BF16),),
         model_plan=Plan(warmup=2, min_rounds=11, max_rounds=15, seconds=120.0),
         memory_of_model=True,
         deltas=tuple(DeltaCase("smollm2-135m", name, d, FP32) for d in (1.0, 0.05) for name in DELTA_METHODS),
@@ -186,6 +261,13 @@ def _smoke() -> Suite:
             SparseModelCase("random:llama-tiny", 2, 16, 2, None, BF16),
             SparseModelCase("random:llama-tiny", 2, 16, None, 0.05, FP32),
         ),
+        s2ft=(
+            *(S2FTCase(name, 32, 48, 40, 0.1, BF16) for name in ("gradient", "adamw", "swiglu", "layer")),
+            *(S2FTCase(name, 32, 48, 40, 0.1, FP32, dim="output") for name in ("gradient", "adamw", "layer")),
+            S2FTCase("switch", 0, 48, 40, 0.1, BF16, layers=2, r=4),
+        ),
+        s2ft_plan=quick,
+        s2ft_models=(S2FTModelCase("random:llama-tiny", 2, 16, 0.1, 0.3, 4, FP32),),
         model_plan=quick,
         backends=("reference", "triton"),
         memory_of_model=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import delta_arms, lora, model, model_arms, peers, sparse_delta
+from . import delta_arms, lora, model, model_arms, peers, s2ft, sparse_delta
 from .results import Section
 
 NOT_MEASURED = "not measured"
@@ -144,7 +144,7 @@ def model_memory(section: Section) -> str:
         more = taken.get("added")
         if more is None:
             return str(taken.get("status", NOT_MEASURED))
-        text = " / ".join("+" + _megabytes(more[key]) for key in ("resident_bytes", "tensor_bytes"))
+        text = " / ".join(f"{more[key] / 1e6:+.1f}" for key in ("resident_bytes", "tensor_bytes"))
         shares = more.get("relative_to_peft")
         if shares is None:
             return text
@@ -160,6 +160,57 @@ def model_memory(section: Section) -> str:
         for record in section["train_info"]["cases"]
     ]
     return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+
+
+def model_saved(section: Section) -> str:
+    """MB that forward keeps for backward: to the loss / to the last hidden state; relative to the frozen model."""
+    names = _arm_names(section, leave_out=model_arms.FROZEN)
+    header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, MB", *names]
+    keys = ("bytes", "decoder_bytes")
+
+    def kept(arm: dict[str, Any]) -> str:
+        saved = arm.get("saved")
+        if saved is None:
+            return NOT_MEASURED
+        text = " / ".join(_megabytes(saved[key]) for key in keys)
+        shares = saved.get("relative_to_frozen")
+        return text if shares is None else f"{text} ({' / '.join(f'{shares[key]:.3f}' for key in keys)})"
+
+    rows = [
+        [*_model_label(record["case"]), *[_cell(record, name, kept) for name in (model_arms.FROZEN, *names)]]
+        for record in section["train_info"]["cases"]
+    ]
+    return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+
+
+def _s2ft_label(case: dict[str, Any]) -> Row:
+    return [case["operation"], s2ft.shape_of(case), f"{case['ratio']:.0%} of {case['dim']}", case["dtype"]]
+
+
+def s2ft_operations(section: Section) -> str:
+    """One operation on slices of channels, beside the way without it; times in microseconds."""
+    header = [
+        *("operation", "layer", "channels", "dtype", "ours, us", "compared with", "us"),
+        *("ours relative to it", "ours: times faster", "limit: times faster"),
+    ]
+    rows = []
+    for record in section["train_info"]["cases"]:
+        ours = _cell(record, s2ft.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+        limits = record.get("limits", {}).get("times_faster", {})
+        arms = record.get("arms", {})
+        bases = [base for base in s2ft.BASES[record["case"]["operation"]] if base in arms or len(arms) < 2]
+        for base in bases:
+
+            def faster(arm: dict[str, Any], base: str = base) -> str:
+                ratio = arm.get("relative_to", {}).get(base)
+                return NOT_MEASURED if ratio is None else f"{1.0 / ratio['median_of_ratios']:.2f}"
+
+            time = _cell(record, base, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+            ratio = _cell(record, s2ft.OURS, lambda arm, base=base: _ratio(arm, base))  # type: ignore[misc]
+            limit = f"{limits[base]:.2f}" if base in limits else ""
+            factor = _cell(record, s2ft.OURS, faster)
+            rows.append([*_s2ft_label(record["case"]), ours, base, time, ratio, factor, limit])
+    return markdown(header, [*rows, *_unreached(section, _s2ft_label, len(header) - 4)])
 
 
 def _sparse_label(case: dict[str, Any]) -> Row:

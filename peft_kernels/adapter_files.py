@@ -147,8 +147,21 @@ def check_tensors(files: AdapterFiles, expected: Mapping[str, Tensor]) -> None:
             )
         if tensor.dtype.is_floating_point != wanted.dtype.is_floating_point:
             raise ValueError(f"{key} in {files.directory} must be like {wanted.dtype}, got {tensor.dtype}")
+    check_finite(files)
+
+
+def check_finite(files: AdapterFiles) -> None:
+    """Raises ValueError where a tensor of the file holds NaN or infinity."""
+    for key, tensor in files.tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{key} in {files.directory} holds NaN or infinity")
+
+
+def check_holds_only(files: AdapterFiles, keys: Iterable[str], what: str) -> None:
+    """Raises ValueError where the file has tensors besides those at `keys`, which are `what`."""
+    others = sorted(files.tensors.keys() - set(keys))
+    if others:
+        raise ValueError(f"the adapter in {files.directory} holds more than {what}: {_some(others)}")
 
 
 def _some(keys: list[str], limit: int = 3) -> str:

@@ -16,7 +16,7 @@ from .adapter_files import KEY_PREFIX, read_adapter, write_adapter
 from .config import AdapterConfig
 from .families import AdapterLayer, Choices, Family, adapter_layers, family_of_file, family_of_layers
 from .inject import commit
-from .planning import Injection, first_peft_layer, injection_of, plan_injection, unwrapped
+from .planning import Injection, abandon, first_peft_layer, injection_of, plan_injection, unwrapped
 from .reports import InjectionReport
 
 
@@ -111,8 +111,12 @@ def load_adapter(
     names = [name for name in config.modules_to_save or () if any(targets.ends_in(path, name) for path in paths)]
     config = replace(config, inference_mode=not is_trainable, modules_to_save=names or None)
     plan = plan_injection(model, config, Choices(None, autocast_adapter_dtype, family.positions_in(files)))
-    family.check_tensors(files, _tensors(model, family, plan.layers, plan.saved, config.bias))
-    _warn_of_other_base(model, config)
+    try:
+        family.check_tensors(files, _tensors(model, family, plan.layers, plan.saved, config.bias))
+        _warn_of_other_base(model, config)
+    except BaseException:
+        abandon(model, plan)
+        raise
     report = commit(model, plan)
     _load(model, family, plan.layers, plan.saved, config.bias, files.tensors)
     if not is_trainable:

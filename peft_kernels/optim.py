@@ -79,7 +79,8 @@ class SparseAdamW(torch.optim.Optimizer):
         tensors = [_local(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         layer = layer_of(parameter)
         if layer is not None and not layer.merged:
-            layer.update_adamw(*tensors, *numbers)
+            trained, grad, *moments = tensors
+            layer.update_adamw(trained, grad.contiguous(), *moments, *numbers)  # a gradient set by hand may be a view
             layer.written()
         elif all(tensor.is_contiguous() for tensor in tensors):
             _step([tensor.view(-1) for tensor in tensors], numbers)

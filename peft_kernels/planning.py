@@ -1,4 +1,8 @@
-"""Working an injection out: which layers, which modules, what is in the way; nothing of the model is changed here."""
+"""Working an injection out: which layers, which modules, what is in the way.
+
+Nothing of the model is changed here, but the order of its channels where a configuration asks for a co-permutation:
+a plan that is not carried out has to be abandoned.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,10 @@ class Injection:
 
 @dataclass(frozen=True)
 class Plan:
-    """An injection worked out and checked, with every new tensor allocated, and nothing of the model changed yet."""
+    """An injection worked out and checked, with every new tensor allocated.
+
+    Of the model nothing has changed yet but the order of its channels, where they were co-permuted.
+    """
 
     injection: Injection
     family: Family
@@ -112,6 +119,12 @@ def plan_injection(model: nn.Module, config: Any, choices: Choices) -> Plan:
     mlps = {tuple(holders[id(modules[path])]): names for path, names in built.mlps.items()}
     all_notes = (*notes, *built.notes, *untied_notes)
     return Plan(injection, family, built.layers, places, saved, untied, mlps, tuple(rows), all_notes)
+
+
+def abandon(model: nn.Module, plan: Plan) -> None:
+    """Leaves the model as it was before `plan_injection`."""
+    if plan.injection.permutation is not None:
+        plan.injection.permutation.undo(model)
 
 
 def _checked_config(config: Any, family: Family) -> AdapterConfig:

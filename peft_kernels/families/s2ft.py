@@ -21,7 +21,8 @@ from .base import Built, Choices, Family
 
 TRAINABLE = "s2ft_trainable"
 """By which a file calls a trained slice, behind its layer's path."""
-_INDICES = {"input": "s2ft_input_indices", "output": "s2ft_output_indices"}
+INDICES = {"input": "s2ft_input_indices", "output": "s2ft_output_indices"}
+"""By which it calls the slice's channels, by their dim."""
 
 
 class _S2FT(Family):
@@ -39,7 +40,12 @@ class _S2FT(Family):
         if not paths:
             unclear = "; ".join(f"{item.path}: {item.reason}" for item in structure.not_understood[:3])
             raise ValueError(f"the model has no layers for the roles {', '.join(config.ratios)}: {unclear}")
-        return replace(config, target_modules=sorted(paths - excluded), exclude_modules=None)
+        if paths == excluded:
+            raise ValueError(
+                f"exclude_modules and modules_to_save leave no layer for the roles {', '.join(config.ratios)}; these "
+                f"have {', '.join(sorted(paths)[:5])}"
+            )
+        return replace(config, target_modules=sorted(paths - excluded))
 
     def obstacle(self, linear: nn.Module, shared: bool) -> str | None:
         reason = takeover_obstacle(linear) or contiguity_obstacle(linear)
@@ -60,6 +66,7 @@ class _S2FT(Family):
             permutation = channels.co_permute(model, slices, structure)
             slices = permutation.slices
         try:
+            _check_trained_beside(model, config, permutation)
             layers = {
                 path: S2FTLinear.over(
                     linears[path],
@@ -69,16 +76,16 @@ class _S2FT(Family):
                 )
                 for path, part in slices.items()
             }
+            for path, layer in layers.items():
+                layer.order = _order_of(permutation, path, layer)
+            mlps: dict[str, tuple[str, str, str]] = {}
+            if config.fuse_swiglu:
+                mlps, more = _swiglu_mlps(model, layers, structure)
+                notes += more
         except BaseException:
             if permutation is not None:
                 permutation.undo(model)
             raise
-        for path, layer in layers.items():
-            layer.order = _order_of(permutation, path, layer)
-        mlps: dict[str, tuple[str, str, str]] = {}
-        if config.fuse_swiglu:
-            mlps, more = _swiglu_mlps(model, layers, structure)
-            notes += more
         return Built(layers, permutation, mlps, notes)
 
     def parameters(self, layer: S2FTLinear) -> tuple[nn.Parameter, ...]:
@@ -88,8 +95,10 @@ class _S2FT(Family):
         indices, trainable = layer.indices, layer.trainable
         if layer.order is not None:  # in the order that the channels had when the model was loaded
             indices, places = layer.order.to(indices.device)[indices].sort()
-            trainable = trainable.detach().index_select(layer.axis, places)
-        return {f"{path}.{TRAINABLE}": trainable, f"{path}.{_INDICES[layer.dim]}": indices}
+            gather = getattr(trainable, "full_tensor", None)  # of a sharded one, for which every rank takes part
+            whole = trainable if gather is None else gather()
+            trainable = whole.detach().index_select(layer.axis, places)
+        return {f"{path}.{TRAINABLE}": trainable, f"{path}.{INDICES[layer.dim]}": indices}
 
     def described(self, layers: Mapping[str, S2FTLinear], every_path: Collection[str]) -> S2FTConfig:
         shares = [layer.num_channels / max(1, layer.channels) for layer in layers.values()]
@@ -101,10 +110,12 @@ class _S2FT(Family):
 
     def positions_in(self, files: AdapterFiles) -> dict[str, Slice]:
         found: dict[str, Slice] = {}
-        for dim, name in _INDICES.items():
+        for dim, name in INDICES.items():
             for key, tensor in files.tensors.items():
                 if key.endswith(f".{name}"):
                     path = key.removeprefix(KEY_PREFIX).removesuffix(f".{name}")
+                    if path in found:
+                        raise ValueError(f"{path} in {files.directory} has both input and output channels")
                     try:
                         found[path] = Slice(tensor, dim)  # type: ignore[arg-type]
                     except ValueError as error:
@@ -120,7 +131,7 @@ class _S2FT(Family):
 
     def load(self, path: str, layer: S2FTLinear, tensors: Mapping[str, Tensor]) -> None:
         device = layer.weight.device
-        indices = tensors[f"{KEY_PREFIX}{path}.{_INDICES[layer.dim]}"].to(device)
+        indices = tensors[f"{KEY_PREFIX}{path}.{INDICES[layer.dim]}"].to(device)
         trainable = tensors[f"{KEY_PREFIX}{path}.{TRAINABLE}"].to(device)
         if layer.order is not None:
             indices, places = layer.order.to(device).argsort()[indices].sort()
@@ -216,6 +227,9 @@ def _swiglu_mlps(
         layer = layers.get(mlp.output)
         if layer is None or layer.dim != "input":
             continue
+        if not mlp.path:
+            reasons.setdefault("it is the whole model, whose place nothing can take", []).append("the model")
+            continue
         names = [path.removeprefix(f"{mlp.path}.") for path in (span.path for span in mlp.inputs)]
         names.append(mlp.output.removeprefix(f"{mlp.path}."))
         if len(set(names)) != 3 or any("." in name for name in names):
@@ -231,6 +245,17 @@ def _swiglu_mlps(
     for reason, paths in reasons.items():
         notes.append(f"{len(paths)} MLPs, {paths[0]} first, run without a fused SwiGLU: {reason}")
     return found, tuple(notes)
+
+
+def _check_trained_beside(model: nn.Module, config: S2FTConfig, permutation: Permutation | None) -> None:
+    """Raises where biases or whole layers train in channels that have moved: a file holds these as they lie."""
+    for path, order in () if permutation is None else permutation.orders.items():
+        has_bias = order.rows is not None and model.get_submodule(path)._parameters.get("bias") is not None
+        option = 'bias="all"' if config.bias == "all" and has_bias else None
+        if targets.exclusion(replace(config, exclude_modules=None), path):
+            option = "modules_to_save"
+        if option is not None:
+            raise ValueError(f"co_permute moves channels of {path}, and {option} trains it beside its slice; give one")
 
 
 def _order_of(permutation: Permutation | None, path: str, layer: S2FTLinear) -> Tensor | None:

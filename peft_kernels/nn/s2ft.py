@@ -230,6 +230,27 @@ class S2FTLinear(MergedLinear):
         ops.check_channels(indices, self.channels)
         return indices
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {name for name in ("weight", self.trained_name) if f"{prefix}{name}" in state_dict}
+        if self.order is not None and given == {"weight"}:
+            error_msgs.append(
+                f"{prefix}weight: the layer's channels have moved (co_permute), those of a plain layer have not; load "
+                "them before inject, or eject first"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     @torch.no_grad()
     def _after_reading(self) -> None:
         self.trainable.copy_(self.original)

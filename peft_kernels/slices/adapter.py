@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..channels.slices import Slice
 from ..nn.s2ft import S2FTLinear
+from ..planning import unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ class SliceAdapter(Mapping[str, SliceUpdate]):
             ValueError: a layer is missing, is no plain `nn.Linear`, or has a weight of another size.
         """
         found: dict[str, nn.Linear] = {}
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
         for path, update in self._updates.items():
             module = modules.get(path)
             if module is None or type(module) is not nn.Linear:
@@ -123,6 +124,7 @@ def take(model: nn.Module) -> SliceAdapter:
     Raises:
         ValueError: the model has no such layer.
     """
+    model = unwrapped(model)
     updates = {path: taken(module) for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
     if not updates:
         raise ValueError("model has no S2FTLinear layer; inject an S2FTConfig first")

@@ -7,9 +7,10 @@ import os
 import torch
 from torch import nn
 
-from ..adapter_files import KEY_PREFIX, read_adapter
+from ..adapter_files import KEY_PREFIX, check_finite, check_holds_only, read_adapter
 from ..channels.slices import Slice
-from ..families.s2ft import S2FT, TRAINABLE
+from ..families.s2ft import INDICES, S2FT, TRAINABLE
+from ..planning import unwrapped
 from .adapter import SliceAdapter, SliceUpdate
 
 
@@ -25,15 +26,19 @@ def read(directory: str | os.PathLike[str], model: nn.Module) -> SliceAdapter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, of another family, or does not fit the model.
+        ValueError: a file is damaged, of another family, holds more than slices, such as biases that were trained
+            beside them, or does not fit the model.
     """
     files = read_adapter(directory)
     config = S2FT.config_type.from_dict(files.config)
     parts: dict[str, Slice] = S2FT.positions_in(files)
     if not parts:
         raise ValueError(f"the adapter in {files.directory} holds no slices")
+    keys = [f"{KEY_PREFIX}{path}.{name}" for path, part in parts.items() for name in (TRAINABLE, INDICES[part.dim])]
+    check_holds_only(files, keys, "slices")
+    check_finite(files)
     updates = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
     for path, part in parts.items():
         trained = files.tensors.get(f"{KEY_PREFIX}{path}.{TRAINABLE}")
         module = modules.get(path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import targets
-from ..adapter_files import KEY_PREFIX, read_adapter, write_adapter
+from ..adapter_files import KEY_PREFIX, check_finite, check_holds_only, read_adapter, write_adapter
 from ..channels.slices import Slice
 from ..config import LoraConfig
 from .adapter import SliceAdapter, SliceUpdate
@@ -36,7 +36,7 @@ def to_lora(adapter: SliceAdapter, directory: str | os.PathLike[str]) -> None:
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=sorted(filled),
+        target_modules="|".join(re.escape(path) for path in sorted(filled)),  # these paths, not others that end in one
         rank_pattern=others,
         alpha_pattern=others,
         base_model_name_or_path=adapter.base_model,
@@ -65,11 +65,13 @@ def from_lora(directory: str | os.PathLike[str]) -> SliceAdapter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, is not plain LoRA, or has a layer neither of whose factors selects channels.
+        ValueError: a file is damaged, is not plain LoRA, holds more, such as biases that were trained beside it, or has
+            a layer neither of whose factors selects channels.
     """
     files = read_adapter(directory)
     config = LoraConfig.from_dict(files.config)
     ending = ".lora_A.weight"
+    check_finite(files)
     updates = {}
     for key in sorted(files.tensors):
         if not key.startswith(KEY_PREFIX) or not key.endswith(ending):
@@ -78,6 +80,8 @@ def from_lora(directory: str | os.PathLike[str]) -> SliceAdapter:
         lora_a, lora_b = files.tensors[key], files.tensors.get(f"{KEY_PREFIX}{path}.lora_B.weight")
         if lora_b is None or lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
             raise ValueError(f"{path} in {files.directory}: its factors do not fit each other")
+        if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
+            raise ValueError(f"{path} in {files.directory}: its factors are {lora_a.dtype} and {lora_b.dtype}")
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         if r != lora_a.shape[0]:
             raise ValueError(f"{path} in {files.directory}: its factors have rank {lora_a.shape[0]}, expected {r:g}")
@@ -86,6 +90,8 @@ def from_lora(directory: str | os.PathLike[str]) -> SliceAdapter:
         updates[path] = _slices(path, lora_a, lora_b, scaling)
     if not updates:
         raise ValueError(f"the adapter in {files.directory} has no LoRA factors")
+    keys = [f"{KEY_PREFIX}{path}.{name}.weight" for path in updates for name in ("lora_A", "lora_B")]
+    check_holds_only(files, keys, "plain LoRA of linear layers")
     return SliceAdapter(updates, config.base_model_name_or_path)
 
 

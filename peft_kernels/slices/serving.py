@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.linear import take_over, takeover_obstacle
+from ..planning import unwrapped
 from .adapter import SliceAdapter, SliceUpdate
 
 
@@ -96,17 +97,20 @@ class Served:
     """
 
     def __init__(self, model: nn.Module, adapters: Mapping[str, SliceAdapter]) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self.names = tuple(adapters)
         self._present = _Rows()
         linears = {path: linear for adapter in adapters.values() for path, linear in adapter.linears(model).items()}
-        layers = {}
+        layers: dict[int, ServedLinear] = {}
         for path, linear in linears.items():
+            if id(linear) in layers:
+                raise ValueError(f"{path} must be named by one path in all adapters, it is at several")
             updates = {name: adapter[path] for name, adapter in adapters.items() if path in adapter}
-            layers[path] = ServedLinear.over(linear, updates, self._present)
-        for path, layer in layers.items():
-            _put(model, path, layer)
-        self._paths: tuple[str, ...] = tuple(layers)
+            layers[id(linear)] = ServedLinear.over(linear, updates, self._present)
+        everywhere = model.named_modules(remove_duplicate=False)
+        self._places = {place: layers[id(module)] for place, module in everywhere if id(module) in layers}
+        for place, layer in self._places.items():
+            _put(model, place, layer)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -114,7 +118,10 @@ class Served:
 
         Raises:
             KeyError: a name is not one of the adapters.
+            RuntimeError: serving has been stopped.
         """
+        if not self._places:
+            raise RuntimeError("serving has been stopped; serve the model again")
         unknown = {name for name in names if name is not None} - set(self.names)
         if unknown:
             raise KeyError(f"adapters are {', '.join(self.names)}, got {', '.join(sorted(unknown))}")
@@ -132,11 +139,11 @@ class Served:
 
     def stop(self) -> None:
         """Gives the model its plain layers back."""
-        for path in self._paths:
-            layer = self.model.get_submodule(path)
-            if isinstance(layer, ServedLinear):
-                _put(self.model, path, layer.stopped())
-        self._paths = ()
+        linears = {id(layer): layer.stopped() for layer in self._places.values()}
+        for place, layer in self._places.items():
+            if self.model.get_submodule(place) is layer:
+                _put(self.model, place, linears[id(layer)])
+        self._places = {}
 
 
 def serve(model: nn.Module, adapters: Mapping[str, SliceAdapter]) -> Served:

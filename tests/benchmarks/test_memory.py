@@ -30,6 +30,20 @@ def test_saved_bytes_of_a_view_are_those_of_its_storage() -> None:
     assert total == x.nbytes
 
 
+def test_saved_bytes_of_a_sparse_tensor_are_its_indices_and_values() -> None:
+    values = torch.randn(3, requires_grad=True)
+    indices = torch.tensor([[0, 2, 5], [1, 0, 3]])
+    x = torch.randn(K, M)
+
+    def product() -> torch.Tensor:
+        return torch.sparse.mm(torch.sparse_coo_tensor(indices, values, (N, K), is_coalesced=True), x)
+
+    total, _ = memory.saved_bytes(product, [indices, values, x])
+    assert total == 0
+    total, _ = memory.saved_bytes(product, [x])
+    assert total == indices.nbytes + values.nbytes
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_our_layer_saves_x_and_hidden_only(dropout_p: float) -> None:
     layer = pk.nn.LoRALinear(K, N, bias=False, r=r, lora_dropout=dropout_p)

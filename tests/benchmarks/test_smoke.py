@@ -32,7 +32,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
 def test_every_benchmark_writes_a_section_with_its_origin(smoke: Any) -> None:
     _, sections = smoke
     assert set(sections) == {
-        "lora_layer", "call_overhead", "lora_model", "sparse_delta", "sparse_delta_model", "delta_algebra",
+        "lora_layer", "call_overhead", "lora_model", "sparse_delta", "sparse_delta_model", "s2ft", "s2ft_model",
+        "delta_algebra",
     }  # fmt: skip
     for section in sections.values():
         assert set(section) == {"run_info", "train_info", "meta_info"}
@@ -50,6 +51,7 @@ def test_every_model_arm_is_timed_and_weighed(smoke: Any) -> None:
         assert arm["status"] == "measured", (name, arm)
         assert arm["memory"]["tensor_bytes"] > arm["memory"]["tensor_before_bytes"] > 0
         assert arm["memory"]["resident_bytes"] >= arm["memory"]["resident_before_bytes"] > 0
+        assert arm["saved"]["bytes"] > arm["saved"]["decoder_bytes"] > 0
     assert arms["PEFT"]["memory"]["added"]["relative_to_peft"] == {"resident_bytes": 1.0, "tensor_bytes": 1.0}
     assert arms["PEFT"]["trainable_parameters"] == arms["ours, inject"]["trainable_parameters"] > 0
     assert arms["frozen model"]["trainable_parameters"] == 0
@@ -65,6 +67,7 @@ def test_sparse_arms_train_the_same_entries_as_pefts(smoke: Any) -> None:
             assert arm["status"] == "measured", (name, arm)
             expected = 0 if name == "frozen model" else arms[peft]["trainable_parameters"]
             assert arm["trainable_parameters"] == expected
+            assert arm["saved"]["bytes"] > 0
 
 
 def test_every_operation_on_a_sparse_delta_is_timed(smoke: Any) -> None:
@@ -73,6 +76,30 @@ def test_every_operation_on_a_sparse_delta_is_timed(smoke: Any) -> None:
     for record in cases:
         assert {arm["status"] for arm in record["arms"].values()} == {"measured"}, record
         assert len(record["arms"]) >= 2 and record["limits"]
+
+
+def test_every_operation_on_slices_is_timed(smoke: Any) -> None:
+    cases = smoke[1]["s2ft"]["train_info"]["cases"]
+    assert {record["case"]["operation"] for record in cases} == {"gradient", "adamw", "swiglu", "layer", "switch"}
+    assert {record["case"]["dim"] for record in cases} == {"input", "output"}
+    for record in cases:
+        assert {arm["status"] for arm in record["arms"].values()} == {"measured"}, record
+        assert len(record["arms"]) >= 2 and record["limits"]
+
+
+def test_slices_begin_as_pacas_and_keep_less_than_the_frozen_model(smoke: Any) -> None:
+    (record,) = smoke[1]["s2ft_model"]["train_info"]["cases"]
+    arms = record["arms"]
+    assert len(arms) == 7
+    for name, arm in arms.items():
+        assert arm["status"] == "measured", (name, arm)
+        assert arm["memory"]["tensor_bytes"] > arm["memory"]["tensor_before_bytes"] > 0
+    losses = {name: arm["first_loss"] for name, arm in arms.items()}
+    assert losses["ours, inject"] == pytest.approx(losses["PaCA"], rel=1e-4)
+    assert losses["full fine-tuning"] == pytest.approx(losses["frozen model"], rel=1e-4)
+    assert arms["ours, inject"]["trainable_parameters"] == arms["PaCA"]["trainable_parameters"] > 0
+    assert arms["ours, inject"]["saved"]["relative_to_frozen"]["bytes"] < 1.0
+    assert arms["PEFT LoRA"]["saved"]["relative_to_frozen"]["bytes"] > 1.0
 
 
 def test_every_method_of_the_delta_algebra_equals_the_dense_way(smoke: Any) -> None:

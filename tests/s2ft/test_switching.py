@@ -1,0 +1,127 @@
+"""`slices.Switch`: each adapter computed in turn, every bit given back, and nothing changed where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import peft_kernels as pk
+from peft_kernels import slices
+from peft_kernels.slices import SliceAdapter
+
+from ..support.accuracy import assert_same_bits
+from ..support.slices import (
+    BAD_FOR_SMALL,
+    adapter_of,
+    assert_same_state,
+    dense,
+    small,
+    state,
+    trained,
+    update,
+    with_change,
+)
+from .architectures import ARCHITECTURES, build, logits, roles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_switching_to_and_fro_computes_each_and_restores_the_bits(llama, tokens, dtype):
+    adapters = [adapter_of(lambda: llama(dtype=dtype), seed) for seed in (1, 2)]
+    model = llama(dtype=dtype).eval()
+    before, base = state(model), model(tokens).logits
+    expected = [with_change(model, adapter)(tokens).logits for adapter in adapters]
+    switch = slices.Switch(model)
+    for number in (0, 1, 0, 0, 1):
+        switch.to(adapters[number])
+        assert switch.current is adapters[number]
+        assert_same_bits(model(tokens).logits.detach(), expected[number].detach())
+    switch.to(None)
+    assert switch.current is None
+    assert_same_state(model, before)
+    assert torch.equal(model(tokens).logits, base)
+    switch.to(None)
+
+
+@pytest.mark.parametrize("co_permute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_switched_model_is_the_trained_one(llama, tokens, dtype, co_permute):
+    # original + (trainable - original) is trainable again, but for the last bit.
+    trained_model = trained(llama(dtype=dtype), co_permute=co_permute, fuse_swiglu=False)
+    model = llama(dtype=dtype).eval()
+    slices.Switch(model).to(slices.take(trained_model))
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(model(tokens).logits, trained_model(tokens).logits, **close)
+    pk.eject(trained_model, merge=True)
+    for name, value in trained_model.state_dict().items():
+        torch.testing.assert_close(
+            model.state_dict()[name], value, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt2"])
+def test_every_architecture_switches_to_what_was_trained_co_permuted(name):
+    def make():
+        return build(name)
+
+    model = trained(make(), ratios=dict.fromkeys(roles(name), 0.34), co_permute=True)
+    expected, adapter, base = logits(model), slices.take(model), make()
+    assert not torch.allclose(logits(base), expected, rtol=1e-2)
+    slices.Switch(base).to(adapter)
+    torch.testing.assert_close(logits(base), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("updates", "message"), BAD_FOR_SMALL.values(), ids=BAD_FOR_SMALL.keys())
+def test_a_switch_that_cannot_be_made_changes_nothing(updates, message, first):
+    model, good = small(), SliceAdapter({"0": update([0, 4])})
+    switch = slices.Switch(model)
+    if not first:
+        switch.to(good)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        switch.to(SliceAdapter({"2": update([3], shape=(4, 9)), **updates}))
+    assert_same_state(model, before)
+    assert switch.current is (None if first else good)
+    switch.to(None)
+    assert_same_state(model, state(small()))
+
+
+def test_two_layers_with_one_weight_get_their_bits_back():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    switch = slices.Switch(model)
+    switch.to(SliceAdapter({"0": update([1, 3], shape=(6, 6)), "1": update([1, 2], shape=(6, 6))}))
+    assert not torch.equal(model[0].weight, before)
+    switch.to(None)
+    assert_same_bits(model[0].weight.detach(), before)
+
+
+def test_a_switch_refuses_weights_that_it_cannot_write_before_it_changes_one():
+    model = small()
+    model[2].weight = nn.Parameter(model[2].weight.detach().t().contiguous().t())
+    before = state(model)
+    switch = slices.Switch(model)
+    with pytest.raises(ValueError, match=r"2 .*not contiguous"):
+        switch.to(SliceAdapter({"0": update([1]), "2": update([3], shape=(4, 9))}))
+    assert_same_state(model, before)
+    assert switch.current is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_change_in_another_dtype_is_added_in_the_wider_one(dtype):
+    model = small()
+    weight = model[0].weight.detach().clone()
+    part = update([0, 4], value=0.1, dtype=dtype)
+    slices.Switch(model).to(SliceAdapter({"0": part}))
+    expected = weight.double() + dense(part).double()
+    torch.testing.assert_close(model[0].weight.detach(), expected.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_training_a_graph_through_a_switched_weight_is_refused():
+    model = small()
+    y = model(torch.randn(2, 6, requires_grad=True))
+    slices.Switch(model).to(SliceAdapter({"2": update([1], shape=(4, 9))}))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
