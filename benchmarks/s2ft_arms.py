@@ -6,6 +6,7 @@
     PaCA                              the formula in plain PyTorch (`paca.py`) on the slices that ours trains
     ours, inject                      `pk.inject` on the model itself, with torch's fused AdamW
     ours, inject and SparseAdamW      the same with `pk.optim.SparseAdamW`, which writes back as it updates
+    ours, co-permuted                 that with `co_permute=True`: what trains lies together in every weight
     ours, inject, SwiGLU not fused    "ours, inject" with `fuse_swiglu=False`
 
 PaCA and ours train the same slices from the same values, off the base weights, in float32: their first losses
@@ -35,8 +36,9 @@ FULL = "full fine-tuning"
 PACA = "PaCA"
 INJECT = "ours, inject"
 INJECT_SPARSE_ADAMW = "ours, inject and SparseAdamW"
+CO_PERMUTED = "ours, co-permuted"
 INJECT_NOT_FUSED = "ours, inject, SwiGLU not fused"
-_OURS = (INJECT, INJECT_SPARSE_ADAMW, INJECT_NOT_FUSED)
+_OURS = (INJECT, INJECT_SPARSE_ADAMW, CO_PERMUTED, INJECT_NOT_FUSED)
 _SEED = 1
 
 
@@ -77,19 +79,23 @@ def _put_paca(model: nn.Module, parts: dict[str, Slice]) -> None:
         setattr(model.get_submodule(parent), name, layer)
 
 
-def _inject(model: nn.Module, parts: dict[str, Slice], case: S2FTModelCase, fused: bool) -> None:
+def _inject(model: nn.Module, parts: dict[str, Slice], case: S2FTModelCase, name: str) -> None:
+    fused = name != INJECT_NOT_FUSED
     values = {
         path: _values(path, model.get_submodule(path).weight, part.indices)  # type: ignore[arg-type]
         for path, part in parts.items()
     }
-    report = pk.inject(model, pk.S2FTConfig(ratios=_ratios(case), fuse_swiglu=fused), positions=parts)
+    config = pk.S2FTConfig(ratios=_ratios(case), fuse_swiglu=fused, co_permute=name == CO_PERMUTED)
+    report = pk.inject(model, config, positions=parts)
     if fused != any(isinstance(module, pk.nn.SwiGLUMLP) for module in model.modules()):
         raise RuntimeError(
             f"fuse_swiglu={fused} did not do as it says, so this arm is not what its name says:\n{report}"
         )
     with torch.no_grad():
         for path, value in values.items():
-            model.get_submodule(path).trainable.copy_(value)  # type: ignore[operator, union-attr]
+            layer: Any = model.get_submodule(path)
+            numbers = layer.indices if layer.order is None else layer.order[layer.indices]  # before they moved
+            layer.trainable.copy_(value[:, torch.searchsorted(parts[path].indices, numbers)])
 
 
 def build(name: str, base: nn.Module, case: S2FTModelCase) -> ModelArm:
@@ -107,14 +113,14 @@ def build(name: str, base: nn.Module, case: S2FTModelCase) -> ModelArm:
             linear.weight.requires_grad_(True)
     elif name != FROZEN:
         parts = slices(model, case)
-        own_weights(linears[path] for path in parts)
+        own_weights(linears.values() if name == CO_PERMUTED else [linears[path] for path in parts])
         if name == PACA:
             _put_paca(model, parts)
         else:
-            _inject(model, parts, case, fused=name != INJECT_NOT_FUSED)
+            _inject(model, parts, case, name)
     arm = ModelArm(name, model.train(), None)
     parameters = list(arm.trainable().values())
-    if name == INJECT_SPARSE_ADAMW:
+    if name in (INJECT_SPARSE_ADAMW, CO_PERMUTED):
         arm.optimizer = pk.optim.SparseAdamW(parameters, lr=1e-4)
     elif name != FROZEN:
         arm.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
