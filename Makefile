@@ -29,20 +29,25 @@ lint:
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Files are shared out to processes of two threads each, which sleep while they wait: more of them than processors fit.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 unit:
-	PEFT_KERNELS_REQUIRE_C=1 $(BIN)/python -m pytest -q tests --ignore tests/triton --ignore tests/simt
+	PEFT_KERNELS_REQUIRE_C=1 $(PYTEST) tests --ignore tests/triton --ignore tests/simt
 
 # Triton reads its interpreter mode at import, so these tests have a process of their own.
 interpreted:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton tests/lora/test_bad_input.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/s2ft -k "cpu-triton and not number_of_threads"
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/lora/test_bad_input.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/s2ft -k "cpu-triton and not number_of_threads"
 
 # The CUDA kernels, compiled for the CPU by the executor of tests/simt; then the tests of every backend on them. Without
 # those of torch.compile, as simulated operators have no fake kernels, of gradient_topk, which is Python around one, and
 # of weights of 4 GiB, of which the executor watches every byte.
 simulated:
-	$(BIN)/python -m pytest -q tests/simt
-	PEFT_KERNELS_SIMULATE=1 $(BIN)/python -m pytest -q tests/lora tests/s2ft tests/sparse_delta \
+	$(BIN)/python -m tests.simt.build
+	$(PYTEST) tests/simt
+	PEFT_KERNELS_SIMULATE=1 $(PYTEST) tests/lora tests/s2ft tests/sparse_delta \
 		-k "cpu-cuda and not test_compile and not opcheck and not gradient_topk and not large_weight"
 
 # An up-to-date build takes seconds: ninja compiles only what changed.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import backends
 from ..nn.linear import weight_obstacle
 from ..nn.merged import put
 from ..nn.merged_linear import contiguity_obstacle
-from .adapter import SliceAdapter
+from ..planning import unwrapped
+from .adapter import SliceAdapter, SliceUpdate
 
 
 class Switch:
@@ -29,6 +34,7 @@ class Switch:
         self.model = model
         self.current: SliceAdapter | None = None
         self._held: dict[int, _Held] = {}  # by the weight's id
+        self._known: Any = WeakIdKeyDictionary()  # parts by adapter
 
     @torch.no_grad()
     def to(self, adapter: SliceAdapter | None) -> None:
@@ -38,23 +44,64 @@ class Switch:
             ValueError: a layer is missing, not plain, or of another size, or has a weight that cannot be written;
                 nothing has changed.
         """
-        linears = {} if adapter is None else adapter.linears(self.model)
-        for path, linear in linears.items():
-            reason = weight_obstacle(linear) or contiguity_obstacle(linear)
-            if reason is not None:
-                raise ValueError(f"{path} cannot hold an adapter: {reason}")
+        parts = [] if adapter is None else self._parts(adapter)
         before, self._held, self.current = self._held, {}, None
         # Layer by layer, so that a weight that both adapters change goes through the caches once.
-        for path, linear in linears.items():
-            assert adapter is not None
-            update, weight = adapter[path], linear.weight
+        for part in parts:
+            weight = part.linear.weight
             if (last := before.pop(id(weight), None)) is not None:
                 last.restore()
-            held = self._held.setdefault(id(weight), _Held(weight))
-            held.write(update.axis, update.slice.indices.to(weight.device), update.change.to(weight.device))
+            self._held.setdefault(id(weight), _Held(weight)).write(part)
         for last in before.values():
             last.restore()
         self.current = adapter
+
+    def _parts(self, adapter: SliceAdapter) -> list[_Part]:
+        """What `adapter` does to each layer, checked; kept for its next turn, unless the model has changed since."""
+        known: list[_Part] | None = self._known.get(adapter)
+        if known is not None and all(part.is_in(unwrapped(self.model)) for part in known):
+            return known
+        parts = []
+        for path, linear in adapter.linears(self.model).items():
+            reason = weight_obstacle(linear) or contiguity_obstacle(linear)
+            if reason is not None:
+                raise ValueError(f"{path} cannot hold an adapter: {reason}")
+            parts.append(_Part.of(path, linear, adapter[path]))
+        self._known[adapter] = parts
+        return parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What an adapter adds to one layer, on the weight's device and as wide as the sum is formed."""
+
+    path: str
+    linear: nn.Linear
+    weight: Tensor
+    axis: int
+    indices: Tensor
+    change: Tensor
+
+    @classmethod
+    def of(cls, path: str, linear: nn.Linear, update: SliceUpdate) -> _Part:
+        weight = linear.weight
+        wide = torch.promote_types(torch.promote_types(weight.dtype, update.change.dtype), torch.float32)
+        change = update.change.to(weight.device, wide)
+        return cls(path, linear, weight, update.axis, update.slice.indices.to(weight.device), change)
+
+    def is_in(self, model: nn.Module) -> bool:
+        """Whether the layer is still the model's, and the weight the layer's, where and as it was."""
+        module: nn.Module | None = model
+        for name in self.path.split(".") if self.path else ():
+            module = None if module is None else module._modules.get(name)
+        weight = self.linear._parameters["weight"]
+        return (
+            module is self.linear
+            and weight is self.weight
+            and weight.device == self.indices.device
+            and torch.promote_types(weight.dtype, self.change.dtype) == self.change.dtype
+            and weight.is_contiguous()
+        )
 
 
 class _Held:
@@ -64,15 +111,14 @@ class _Held:
         self.weight = weight
         self._originals: list[tuple[int, Tensor, Tensor]] = []
 
-    def write(self, axis: int, indices: Tensor, change: Tensor) -> None:
-        weight = self.weight.detach()
+    def write(self, part: _Part) -> None:
+        weight, axis, indices = self.weight.detach(), part.axis, part.indices
         if axis == 1:
             original = backends.kernel("gather_columns", weight.device.type, weight.dtype)(weight, indices)
         else:
             original = weight.index_select(0, indices)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, change.dtype), torch.float32)
         self._originals.append((axis, indices, original))
-        self._put(axis, indices, original.to(wide) + change.to(wide))
+        self._put(axis, indices, original + part.change)  # in the wider dtype, change's
 
     def restore(self) -> None:
         for axis, indices, original in reversed(self._originals):

@@ -125,3 +125,21 @@ def test_training_a_graph_through_a_switched_weight_is_refused():
     slices.Switch(model).to(SliceAdapter({"2": update([1], shape=(4, 9))}))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_an_adapter_s_second_turn_sees_what_has_become_of_the_model():
+    model, adapter = small(), SliceAdapter({"0": update([1, 4])})
+    switch = slices.Switch(model)
+    switch.to(adapter)
+    switch.to(None)
+    model[0] = nn.Linear(6, 9)
+    model.double()
+    before = model[0].weight.detach().clone()
+    switch.to(adapter)
+    change = adapter["0"].change.double()
+    assert_same_bits(model[0].weight.detach()[:, [1, 4]], before[:, [1, 4]] + change)
+    switch.to(None)
+    assert_same_bits(model[0].weight.detach(), before)
+    model[0] = nn.Identity()
+    with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear, it is a Identity"):
+        switch.to(adapter)
