@@ -143,7 +143,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
             the original ones, to the bit.
 
     Raises:
-        ValueError: the model has no adapter layers of ours.
+        ValueError: the model has no adapter layers of ours, or channels of it were co-permuted and cannot be moved
+            back. Nothing has changed then.
     """
     model = unwrapped(model)
     layers = _present(model)
@@ -151,6 +152,9 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         raise ValueError(f"model is itself a {type(layers['']).__name__}; use its to_linear(merge)")
     if merge:
         _check_mergeable(layers)
+    injection = injection_of(model)
+    if injection is not None and injection.permutation is not None:
+        injection.permutation.check(model, layers)
     everything = dict(model.named_modules(remove_duplicate=False))
     places = paths_of(everything)
     tied = _tied_weights(model, layers) if merge else []
@@ -165,7 +169,6 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         mlp = model.get_submodule(paths[0]).restored()
         for place in paths:
             _put(model, place, mlp)
-    injection = injection_of(model)
     if injection is not None:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in injection.trainable_before)

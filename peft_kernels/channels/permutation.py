@@ -10,7 +10,7 @@ Source: Yang et al., "S2FT", NeurIPS 2024, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,19 @@ class Permutation:
         """Whether every slice is a range."""
         return all(part.contiguous for part in self.slices.values())
 
+    def check(self, model: nn.Module, adapted: Collection[str] = ()) -> None:
+        """Raises ValueError, as `undo` would, where it cannot be undone in this model.
+
+        Args:
+            model: as for `undo`.
+            adapted: paths of layers that have an adapter now, which will be taken off.
+        """
+        if not self.active:
+            raise ValueError("the permutation has been undone already")
+        for path, order in self.orders.items():
+            if path not in adapted:
+                _check_layer(model, path, order)
+
     def undo(self, model: nn.Module) -> None:
         """Puts every channel back in its place, in place; bits are moved and not changed, trained ones neither.
 
@@ -51,10 +64,7 @@ class Permutation:
             ValueError: it has been undone already, or a layer is missing, not plain or of another size. Nothing has
                 changed then.
         """
-        if not self.active:
-            raise ValueError("the permutation has been undone already")
-        for path, order in self.orders.items():
-            _check_layer(model, path, order)
+        self.check(model)
         _apply(model, {path: order.inverse() for path, order in self.orders.items()})
         self.active = False
 

@@ -68,7 +68,7 @@ class _SparseDelta(Family):
                 if quantized_kind(linear) is not None:
                     if selection == "magnitude" and indices is None:
                         raise ValueError('selection "magnitude" needs a dense weight, and this one is quantised')
-                    layers[path] = QuantizedSparseDeltaLinear(linear, **entries)
+                    layers[path] = QuantizedSparseDeltaLinear.over(linear, **entries)
                     continue
                 adapter_dtype = None if choices.autocast_adapter_dtype else linear.weight.dtype
                 layers[path] = SparseDeltaLinear.over(

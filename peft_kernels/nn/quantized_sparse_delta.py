@@ -46,6 +46,32 @@ class QuantizedSparseDeltaLinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self._add_delta(base_layer, density, num_deltas, indices, generator)
+        base_layer.requires_grad_(False)
+
+    @classmethod
+    def over(
+        cls,
+        base_layer: nn.Module,
+        density: float | None = None,
+        num_deltas: int | None = None,
+        indices: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> QuantizedSparseDeltaLinear:
+        """As the constructor, without the freezing: `base_layer` and its parameters are left exactly as they are."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._add_delta(base_layer, density, num_deltas, indices, generator)
+        return layer
+
+    def _add_delta(
+        self,
+        base_layer: nn.Module,
+        density: float | None,
+        num_deltas: int | None,
+        indices: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> None:
         if quantized_kind(base_layer) is None:
             raise TypeError(f"base_layer must be a bitsandbytes Linear4bit or Linear8bitLt, got {type(base_layer)}")
         layer: Any = base_layer
@@ -57,7 +83,6 @@ class QuantizedSparseDeltaLinear(nn.Module):
         else:
             ops.check_indices(indices, numel)
         dequantized(layer, torch.float32)  # raises while there is nothing to make dense
-        base_layer.requires_grad_(False)
         self.base_layer = layer
         self.in_features, self.out_features = layer.in_features, layer.out_features
         device = layer.weight.device

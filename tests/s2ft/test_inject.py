@@ -550,3 +550,14 @@ def test_both_dims_of_an_odd_model_train():
     changed = (model[0].weight != before["0.weight"]).any(1), (model[2].weight != before["2.weight"]).any(0)
     assert changed[0].nonzero().flatten().tolist() == [1, 4, 12]
     assert changed[1].nonzero().flatten().tolist() == [0, 12]
+
+
+def test_ejecting_is_refused_before_anything_changes_where_channels_cannot_move_back(llama):
+    model = llama()
+    pk.inject(model, S2FTConfig(ratios={"down": 0.3}, co_permute=True, budget="per_layer"), seed=4)
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = nn.Identity()  # its channels have moved, and it is gone
+    before = adapted(model).keys()
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj cannot be permuted"):
+        pk.eject(model, merge=False)
+    assert adapted(model).keys() == before

@@ -198,3 +198,12 @@ def test_eject_trains_again_what_trained_before():
     pk.inject(model, pk.SparseDeltaConfig(density=0.05))
     pk.eject(model, merge=False)
     assert model["b"].bias.requires_grad
+
+
+def test_an_injection_that_fails_freezes_nothing():
+    model = nn.ModuleDict({"b": quantized("nf4"), "c": nn.Linear(K, N)})
+    model["b"].bias.requires_grad_(True)
+    positions = {"b": torch.tensor([0, 5], dtype=torch.int32), "c": torch.tensor([5, 0], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="c: indices must be sorted"):
+        pk.inject(model, pk.SparseDeltaConfig(selection="fixed"), positions=positions)
+    assert model["b"].bias.requires_grad and model["c"].weight.requires_grad
