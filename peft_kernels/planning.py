@@ -101,7 +101,10 @@ def plan_injection(model: nn.Module, config: Any, choices: Choices) -> Plan:
     """Everything of `inject` that can fail; errors are those of `inject`."""
     family = family_of_config(config)
     _check_model(model)
-    config = family.resolved(model, _checked_config(config, family))
+    config = _checked_config(config, family)
+    if choices.calibration is not None and choices.positions is None and not family.uses_calibration(config):
+        raise ValueError("calibration must be None: this configuration chooses nothing by batches of data")
+    config = family.resolved(model, config)
     modules = dict(model.named_modules(remove_duplicate=False))
     saved = _modules_to_save(config, modules)
     holders = paths_of(modules)

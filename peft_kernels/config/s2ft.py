@@ -17,8 +17,8 @@ class S2FTConfig(AdapterConfig):
     """Slices of the linear layers of a model: whole heads of attention, channels of MLPs.
 
     Two ways to say what trains. `ratios` goes by the parts that layers play in a transformer, found by structure:
-    heads are chosen as a whole, with their key-value head where both are asked for. `target_modules` with `ratio` takes
-    single channels of any linear layers; with random input channels that is PaCA. With neither, `ratios` is
+    heads are chosen as a whole, and with `co_permute` together with their key-value head. `target_modules` with `ratio`
+    takes single channels of any linear layers; with random input channels that is PaCA. With neither, `ratios` is
     {"o": 0.05, "down": 0.03}.
 
     Attributes:

@@ -97,6 +97,10 @@ class Family(ABC):
         """The configuration with what it leaves to the model's structure spelled out."""
         return config
 
+    def uses_calibration(self, config: Any) -> bool:
+        """Whether a choice with this configuration goes by batches of data."""
+        return False
+
     @abstractmethod
     def build(self, model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], choices: Choices) -> Built:
         """The drop-ins over these layers; the layers are not changed, but perhaps permuted, by a configuration that

@@ -25,6 +25,9 @@ INDICES = {"input": "s2ft_input_indices", "output": "s2ft_output_indices"}
 """By which it calls the slice's channels, by their dim."""
 
 
+_BY_DATA = ("activation", "weight_activation", "gradient")
+
+
 class _S2FT(Family):
     name = "s2ft"
     config_type = S2FTConfig
@@ -46,6 +49,9 @@ class _S2FT(Family):
                 f"have {', '.join(sorted(paths)[:5])}"
             )
         return replace(config, target_modules=sorted(paths - excluded))
+
+    def uses_calibration(self, config: S2FTConfig) -> bool:
+        return config.selection in _BY_DATA
 
     def obstacle(self, linear: nn.Module, shared: bool) -> str | None:
         reason = takeover_obstacle(linear) or contiguity_obstacle(linear)
@@ -77,7 +83,8 @@ class _S2FT(Family):
                 for path, part in slices.items()
             }
             for path, layer in layers.items():
-                layer.order = _order_of(permutation, path, layer)
+                order = _order_of(permutation, path, layer)
+                layer.order = None if order is None else order.to(layer.indices.device, copy=True)
             mlps: dict[str, tuple[str, str, str]] = {}
             if config.fuse_swiglu:
                 mlps, more = _swiglu_mlps(model, layers, structure)
@@ -192,7 +199,7 @@ def _selected(
     """Heads and channels by role."""
     assert config.ratios is not None
     statistics: dict[str, Any] = {}
-    if config.selection in ("activation", "weight_activation", "gradient"):
+    if config.selection in _BY_DATA:
         if choices.calibration is None:
             raise ValueError(f"selection={config.selection!r} needs batches as calibration, got None")
         if config.selection == "gradient":
@@ -210,7 +217,7 @@ def _selected(
         seed=seed,
         budget=config.budget,
         coupled=config.co_permute,
-        layers=tuple(linears),
+        layers=tuple(path for path in linears if path in structure.roles()),
         structure=structure,
         **statistics,
     )

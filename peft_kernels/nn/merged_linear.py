@@ -55,7 +55,7 @@ class MergedLinear(nn.Linear):
 
     trained_name: ClassVar[str]
     """Name of the Parameter that trains."""
-    adapter_state: ClassVar[tuple[str, ...]] = ("indices", "original", "merged", "_stamp", "_filled")
+    adapter_state: ClassVar[tuple[str, ...]] = ("indices", "original", "merged", "_stamp", "_filled", "_taken_out")
     """Names of all that a plain `nn.Linear` does not have."""
 
     @abstractmethod
@@ -81,6 +81,7 @@ class MergedLinear(nn.Linear):
     def _begin(self) -> None:
         """To be called when weight, original and what trains agree for the first time."""
         self.merged = False
+        self._taken_out = False
         self._filled = not self.weight.is_meta
         self._adopt()
         self._stamp.set(self.weight, self.trained)
@@ -127,6 +128,7 @@ class MergedLinear(nn.Linear):
         # What torch counts no change of, another backward pass that is still to come does not have to know either.
         self._put(counted=not self._stamp.counts_agree(self.weight, self.trained))
         self._stamp.set(self.weight, self.trained)
+        self._taken_out = False
 
     def _put(self, restored: bool = False, counted: bool = True) -> None:
         put(self.weight, lambda weight: self._write_into(weight, restored), counted)
@@ -136,9 +138,14 @@ class MergedLinear(nn.Linear):
         count_change(self.trained)
         count_change(self.weight)
         self._stamp.set(self.weight, self.trained)
+        self._taken_out = False
 
     def restore_weight(self) -> None:
-        """Takes the change out of weight, to the bit; the next forward writes it again."""
+        """Takes the change out of weight, to the bit; the next forward writes it again, and nothing before it."""
+        self._restore()
+        self._taken_out = True
+
+    def _restore(self) -> None:
         self._stamp.clear()
         if self._filled and not self.weight.is_meta:
             self._put(restored=True)
@@ -175,12 +182,16 @@ class MergedLinear(nn.Linear):
         if merge:
             self.write()
         else:
-            self.restore_weight()
+            self._restore()
+        release(self.trained)  # an optimizer that still has it must not write into a weight that is no longer ours
         return take_over(self, nn.Linear, without=(*self.adapter_state, self.trained_name))
 
     def _apply(self, *args: Any, **kwargs: Any) -> MergedLinear:
-        # In another dtype the rounding of the original weight is wanted, not that of one that was rounded before.
-        self.restore_weight()
+        # In another dtype the rounding of the original weight is wanted, not that of one that was rounded before. What
+        # was merged and has trained on since stays what was merged.
+        rewritten = not self.merged or self._stamp.counts_agree(self.weight, self.trained)
+        if rewritten:
+            self._restore()
         before = self.indices
         self._disown()
         try:
@@ -189,7 +200,7 @@ class MergedLinear(nn.Linear):
             self._adopt()
         # to("meta") and to_empty leave nothing behind that could be read, and indices that could be anything.
         self._filled = self._filled and _same(before, self.indices)
-        if self.merged and self._filled:
+        if self.merged and self._filled and rewritten:
             self.write()
         return self
 
@@ -199,6 +210,14 @@ class MergedLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._adopt()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Whoever takes `weight` alone out of it, as a plain layer does, gets what has been trained; the original one
+        # after `restore_weight` and `unmerge`.
+        plain = not self.weight.is_meta and not is_sharded(self.weight) and not self.weight.is_inference()
+        if self._filled and plain and not (self.merged or self._taken_out) and not torch.is_inference_mode_enabled():
+            self.write()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -225,7 +244,7 @@ class MergedLinear(nn.Linear):
             error_msgs.append(f"{prefix}indices: {error}")
             return
         if not {"weight", "original"} <= given:  # else both are replaced, and original settles what weight holds
-            self.restore_weight()
+            self._restore()
         self._disown()
         try:
             super()._load_from_state_dict(

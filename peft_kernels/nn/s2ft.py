@@ -44,7 +44,7 @@ class S2FTLinear(MergedLinear):
 
     Attributes:
         merged: whether the layer is a plain linear one with the slice in its weight, which gets no gradient.
-        order: the channel that each place held before a co-permutation, int64 on the CPU; None where nothing has moved.
+        order: the channel that each place held before a co-permutation, an int64 buffer; None where nothing has moved.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -141,7 +141,7 @@ class S2FTLinear(MergedLinear):
     def _add_slice(self, indices: Tensor, dim: Dim, adapter_dtype: torch.dtype | None) -> None:
         dtype = adapter_dtype_over(self.weight, adapter_dtype)
         self.dim = dim
-        self.order = None
+        self.register_buffer("order", None)
         self.register_buffer("indices", indices.to(self.weight.device, copy=True))  # set_slice writes into it
         original = self._read_from(self.weight.detach())
         self.register_buffer("original", original)
@@ -214,7 +214,7 @@ class S2FTLinear(MergedLinear):
             raise ValueError(f"trainable must be {list(self.trainable.shape)}, got {list(trainable.shape)}")
         if self.merged:
             raise ValueError("the slice is merged; unmerge it before moving it")
-        self.restore_weight()
+        self._restore()
         self.indices.copy_(indices)
         self.original.copy_(self._read_from(self.weight))
         self.trainable.copy_(self.original if trainable is None else trainable)
@@ -246,6 +246,14 @@ class S2FTLinear(MergedLinear):
                 f"{prefix}weight: the layer's channels have moved (co_permute), those of a plain layer have not; load "
                 "them before inject, or eject first"
             )
+            return
+        saved = state_dict.get(f"{prefix}order")
+        if given and (saved is None) != (self.order is None):
+            which = "the saved layer's" if saved is not None else "this layer's"
+            error_msgs.append(f"{prefix}order: only {which} channels have moved (co_permute)")
+            return
+        if given and saved is not None and self.order is not None and not torch.equal(saved.cpu(), self.order.cpu()):
+            error_msgs.append(f"{prefix}order: in the saved layer channels have moved (co_permute) to other places")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -221,7 +221,7 @@ class SparseDeltaLinear(MergedLinear):
             raise ValueError(f"values must be {list(indices.shape)} to match indices, got {list(values.shape)}")
         if self.merged:
             raise ValueError("the delta is merged; unmerge it before moving it")
-        self.restore_weight()
+        self._restore()
         self.indices.copy_(indices)
         self.original.copy_(entries_of(self.weight, self.indices))
         self.values.zero_() if values is None else self.values.copy_(values)

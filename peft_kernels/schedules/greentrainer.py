@@ -134,10 +134,10 @@ class GreenTrainer(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Schedule`; continues with the saved FLOPs, whatever the sample batch was."""
+        self._check_state(state)
+        importance, flops = dict(state["importance"]), BackwardFlops.from_dict(state["flops"])
         super().load_state_dict(state)
-        self._evaluating = state["evaluating"]
-        self.importance = dict(state["importance"])
-        self.flops = BackwardFlops.from_dict(state["flops"])
+        self._evaluating, self.importance, self.flops = bool(state["evaluating"]), importance, flops
         if self._evaluating:
             self._trainable.listen()
 
@@ -145,6 +145,8 @@ class GreenTrainer(Schedule):
         super()._check_state(state)
         if state["flops"]["tensors"].keys() != self._trainable.parameters.keys():
             raise ValueError("state must hold the FLOPs of this schedule's parameters, and holds those of others")
+        if not isinstance(state["importance"], Mapping):
+            raise ValueError(f"importance of the state must be numbers by name, got {state['importance']!r}")
 
     def _notes(self) -> tuple[str, ...]:
         notes = [f"backward pass: {100 * self.backward_share:.1f}% of the full one's {self.flops.full:,} FLOPs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..channels.slices import Slice
 from ..nn.s2ft import S2FTLinear
-from ..planning import unwrapped
+from ..planning import injection_of, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,11 @@ class SliceAdapter(Mapping[str, SliceUpdate]):
         return len(self._updates)
 
     @property
+    def slices(self) -> dict[str, Slice]:
+        """The channels that it changes, by path; what `channels.select` takes as `taken`."""
+        return {path: update.slice for path, update in self._updates.items()}
+
+    @property
     def numel(self) -> int:
         """How many numbers it holds, indices aside."""
         return sum(update.change.numel() for update in self._updates.values())
@@ -109,7 +115,7 @@ def taken(layer: S2FTLinear) -> SliceUpdate:
     """What one layer has been trained to, with channels as they were numbered before any co-permutation."""
     indices, change = layer.indices.cpu(), layer.change()
     if layer.order is not None:
-        indices, places = layer.order[indices].sort()
+        indices, places = layer.order.cpu()[indices].sort()
         change = change.index_select(layer.axis, places.to(change.device))
     return SliceUpdate(Slice(indices.clone(), layer.dim), change, (layer.out_features, layer.in_features))
 
@@ -119,12 +125,16 @@ def take(model: nn.Module) -> SliceAdapter:
     """The trained slices of a model with `nn.S2FTLinear` layers; later training does not show in them.
 
     Of coupled layers that were co-permuted, slices are those of the model as it was loaded; their other dimension has
-    not moved.
+    not moved. Biases and whole modules that train beside them are left out, with a warning.
 
     Raises:
         ValueError: the model has no such layer.
     """
     model = unwrapped(model)
+    injection = injection_of(model)
+    biases = [name for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.requires_grad]
+    if injection is not None and (beside := [*injection.saved_modules, *biases]):
+        warnings.warn(f"the slices are taken without what trains beside them: {', '.join(beside[:5])}", stacklevel=2)
     updates = {path: taken(module) for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
     if not updates:
         raise ValueError("model has no S2FTLinear layer; inject an S2FTConfig first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from ..adapter_files import KEY_PREFIX, check_finite, check_holds_only, read_ada
 from ..channels.slices import Slice
 from ..families.s2ft import INDICES, S2FT, TRAINABLE
 from ..planning import unwrapped
-from .adapter import SliceAdapter, SliceUpdate
+from .adapter import SliceAdapter, SliceUpdate, base_name
 
 
 @torch.no_grad()
@@ -31,6 +32,12 @@ def read(directory: str | os.PathLike[str], model: nn.Module) -> SliceAdapter:
     """
     files = read_adapter(directory)
     config = S2FT.config_type.from_dict(files.config)
+    here, there = base_name(unwrapped(model)), config.base_model_name_or_path
+    if here and there and here != there:
+        warnings.warn(
+            f"the adapter was trained on {there!r}, this model is {here!r}: what it changes is not what was trained",
+            stacklevel=2,
+        )
     parts: dict[str, Slice] = S2FT.positions_in(files)
     if not parts:
         raise ValueError(f"the adapter in {files.directory} holds no slices")

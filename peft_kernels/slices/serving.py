@@ -10,6 +10,7 @@ The weights stay the base model's. A row's update is a product with s channels o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -27,6 +28,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.batch = 0
+        self.thread: int | None = None  # which has said so
         self.of: dict[str, Tensor] = {}  # by adapter, the numbers of its sequences
 
 
@@ -118,14 +120,18 @@ class Served:
 
         Raises:
             KeyError: a name is not one of the adapters.
-            RuntimeError: serving has been stopped.
+            RuntimeError: serving has been stopped, or another thread is inside: a model computes one batch at a time.
         """
         if not self._places:
             raise RuntimeError("serving has been stopped; serve the model again")
         unknown = {name for name in names if name is not None} - set(self.names)
         if unknown:
             raise KeyError(f"adapters are {', '.join(self.names)}, got {', '.join(sorted(unknown))}")
-        before = self._present.batch, self._present.of
+        thread = threading.get_ident()
+        if self._present.thread not in (None, thread):
+            raise RuntimeError("another thread is computing with adapters of this model; wait for it, or serve a copy")
+        before = self._present.batch, self._present.of, self._present.thread
+        self._present.thread = thread
         self._present.batch = len(names)
         self._present.of = {
             name: torch.tensor([i for i, asked in enumerate(names) if asked == name])
@@ -135,7 +141,7 @@ class Served:
         try:
             yield
         finally:
-            self._present.batch, self._present.of = before
+            self._present.batch, self._present.of, self._present.thread = before
 
     def stop(self) -> None:
         """Gives the model its plain layers back."""

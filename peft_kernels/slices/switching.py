@@ -13,7 +13,7 @@ from .. import backends
 from ..nn.linear import weight_obstacle
 from ..nn.merged import put
 from ..nn.merged_linear import contiguity_obstacle
-from ..planning import unwrapped
+from ..planning import memory_of, unwrapped, weight_owners
 from .adapter import SliceAdapter, SliceUpdate
 
 
@@ -33,7 +33,7 @@ class Switch:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.current: SliceAdapter | None = None
-        self._held: dict[int, _Held] = {}  # by the weight's id
+        self._held: dict[int, _Held] = {}  # by where the weight lies
         self._known: Any = WeakIdKeyDictionary()  # parts by adapter
 
     @torch.no_grad()
@@ -41,20 +41,26 @@ class Switch:
         """Makes the model compute with `adapter`; None gives the base model back, to the bit.
 
         Raises:
-            ValueError: a layer is missing, not plain, or of another size, or has a weight that cannot be written;
-                nothing has changed.
+            ValueError: a layer is missing, not plain, or of another size, or has a weight that cannot be written, or
+                that belongs to other modules too; nothing has changed. After any other error, such as too little
+                memory, `current` is None, and `to(None)` gives the base model back.
         """
         parts = [] if adapter is None else self._parts(adapter)
-        before, self._held, self.current = self._held, {}, None
-        # Layer by layer, so that a weight that both adapters change goes through the caches once.
-        for part in parts:
-            weight = part.linear.weight
-            if (last := before.pop(id(weight), None)) is not None:
+        before = dict(self._held)
+        held: dict[int, _Held] = {}
+        try:
+            # Layer by layer, so that a weight that both adapters change goes through the caches once.
+            for part in parts:
+                place = memory_of(part.weight)  # layers may share a weight
+                if (last := before.pop(place, None)) is not None:
+                    last.restore()
+                held.setdefault(place, _Held(part.weight)).write(part)
+            for last in before.values():
                 last.restore()
-            self._held.setdefault(id(weight), _Held(weight)).write(part)
-        for last in before.values():
-            last.restore()
-        self.current = adapter
+        except BaseException:
+            self._held, self.current = {**self._held, **held}, None  # all that is needed to restore every bit
+            raise
+        self._held, self.current = held, adapter
 
     def _parts(self, adapter: SliceAdapter) -> list[_Part]:
         """What `adapter` does to each layer, checked; kept for its next turn, unless the model has changed since."""
@@ -62,8 +68,13 @@ class Switch:
         if known is not None and all(part.is_in(unwrapped(self.model)) for part in known):
             return known
         parts = []
-        for path, linear in adapter.linears(self.model).items():
+        linears = adapter.linears(self.model)
+        owners = weight_owners(unwrapped(self.model))
+        own = {id(linear) for linear in linears.values()}
+        for path, linear in linears.items():
             reason = weight_obstacle(linear) or contiguity_obstacle(linear)
+            if reason is None and owners[memory_of(linear.weight)] - own:
+                reason = "its weight is another module's too, which a slice in it would change as well"
             if reason is not None:
                 raise ValueError(f"{path} cannot hold an adapter: {reason}")
             parts.append(_Part.of(path, linear, adapter[path]))
@@ -121,8 +132,9 @@ class _Held:
         self._put(axis, indices, original + part.change)  # in the wider dtype, change's
 
     def restore(self) -> None:
+        device = self.weight.device  # the model may have moved
         for axis, indices, original in reversed(self._originals):
-            self._put(axis, indices, original)
+            self._put(axis, indices.to(device), original.to(device))
 
     def _put(self, axis: int, indices: Tensor, values: Tensor) -> None:
         write = backends.kernel("slice_write_", self.weight.device.type, self.weight.dtype)

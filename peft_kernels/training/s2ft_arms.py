@@ -34,7 +34,7 @@ def build(
         seed=settings.seed,
         autocast_adapter_dtype=settings.adapter_dtype == "float32",
         positions=channels,
-        calibration=_calibration(batches, settings),
+        calibration=None if settings.selection in ("random", "weight") else _calibration(batches, settings),
     )
     arms = [make_arm(OURS, model, settings, lambda p: _adamw(p, settings))]
     if other is not None:

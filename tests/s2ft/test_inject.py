@@ -335,7 +335,7 @@ def test_a_role_that_the_model_does_not_have_is_refused():
         (S2FTConfig(modules_to_save=["pooler"]), "modules_to_save names 'pooler'"),
         (S2FTConfig(selection="activation"), "selection='activation' needs batches as calibration, got None"),
         (S2FTConfig(selection="gradient", co_permute=True), "selection='gradient' needs batches as calibration"),
-        (S2FTConfig(ratios={"down": 0.5}, target_modules=["lm_head"]), "layers must name layers of attention blocks"),
+        (S2FTConfig(ratios={"down": 0.5}, target_modules=["lm_head"]), "ratios asks for down, but layers have none"),
         (S2FTConfig(ratios={"down": 0.5}, exclude_modules=["down_proj"]), "exclude_modules and .* leave no"),
     ],
 )
@@ -561,3 +561,22 @@ def test_ejecting_is_refused_before_anything_changes_where_channels_cannot_move_
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj cannot be permuted"):
         pk.eject(model, merge=False)
     assert adapted(model).keys() == before
+
+
+def test_batches_that_nothing_goes_by_are_refused(llama):
+    model = llama()
+    for config in (S2FTConfig(ratios={"down": 0.5}), pk.LoraConfig(r=2)):
+        with pytest.raises(ValueError, match="calibration must be None"):
+            pk.inject(model, config, calibration=[{"input_ids": torch.tensor([[1, 2]])}])
+
+
+def test_an_optimizer_leaves_ejected_layers_alone(llama, tokens):
+    model = llama()
+    before = bits(model)
+    pk.inject(model, S2FTConfig(ratios={"down": 0.5}), seed=1)
+    layers = list(adapted(model).values())
+    optimizer = pk.optim.SparseAdamW([layer.trainable for layer in layers], lr=0.1)
+    model(tokens).logits.sum().backward()
+    pk.eject(model, merge=False)
+    optimizer.step()
+    assert_same_state(model, before)

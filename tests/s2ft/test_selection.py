@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+import peft_kernels as pk
 from peft_kernels.channels import ROLES, SELECTIONS, Slice, find_structure, select
 from peft_kernels.channels.layers import squared_norms
 
@@ -414,3 +415,13 @@ def test_too_much_taken_is_refused():
     first = select(model, {"down": 0.7}, seed=0)
     with pytest.raises(ValueError, match=r"taken leaves \d+ units of down of the \d+ that are to be chosen"):
         select(model, {"down": 0.7}, seed=0, taken=[first.slices])
+
+
+def test_an_adapter_s_slices_can_be_left_out():
+    model = build("llama")
+    pk.inject(model, pk.S2FTConfig(ratios={"down": 0.3}), seed=0)
+    adapter = pk.slices.take(model)
+    pk.eject(model, merge=False)
+    chosen = select(model, {"down": 0.3}, seed=0, taken=[adapter.slices])
+    pk.inject(model, pk.S2FTConfig(ratios={"down": 0.3}), positions=chosen.slices)
+    assert pk.slices.overlap(adapter, pk.slices.take(model)) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -133,3 +134,26 @@ def test_a_served_model_is_not_served_again_nor_switched():
     for refused in (lambda: slices.serve(model, {"a": adapter}), lambda: slices.Switch(model).to(adapter)):
         with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear, it is a ServedLinear"):
             refused()
+
+
+def test_a_second_thread_is_refused_while_one_computes():
+    model = nn.Sequential(nn.Linear(6, 9))
+    served = slices.serve(model, {"a": SliceAdapter({"0": update([1, 4])})})
+    raised = []
+
+    def enter():
+        try:
+            with served.rows(["a"]):
+                pass
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    with served.rows([None]):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    assert raised and "another thread is computing" in raised[0]
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert len(raised) == 1

@@ -213,3 +213,32 @@ def test_a_bad_layer_inside_a_model_is_named():
     state = {**model.state_dict(), "1.indices": torch.zeros(5, dtype=torch.int64)}
     with pytest.raises(RuntimeError, match=r"1\.indices: indices must be unique"):
         model.load_state_dict(state)
+
+
+def test_a_plain_layer_gets_what_was_trained_last():
+    layer = random_s2ft_module("input")[0]
+    for change in (
+        lambda: layer.trainable.add_(1),
+        lambda: layer.to("cpu"),
+        lambda: layer.double(),
+    ):
+        with torch.no_grad():
+            change()
+        linear = nn.Linear(24, 20, dtype=layer.weight.dtype)
+        linear.load_state_dict(layer.state_dict(), strict=False)
+        assert_same_bits(linear.weight.detach()[:, layer.indices], layer.trainable.detach().to(layer.weight.dtype))
+
+
+def test_channels_that_have_moved_otherwise_are_refused():
+    first, second = random_s2ft_module("input")[0], random_s2ft_module("input")[0]
+    first.order, second.order = torch.arange(24).flip(0), torch.arange(24).roll(1)
+    before = second.trainable.detach().clone()
+    with pytest.raises(RuntimeError, match=r"have moved \(co_permute\) to other places"):
+        second.load_state_dict({**first.state_dict(), "trainable": before + 1})
+    second.order = None
+    with pytest.raises(RuntimeError, match="only the saved layer's channels have moved"):
+        second.load_state_dict(first.state_dict(), strict=False)
+    assert_same_bits(second.trainable.detach(), before)
+    second.order = first.order.clone()
+    second.load_state_dict({**first.state_dict(), "trainable": before + 1})
+    assert_same_bits(second.trainable.detach(), before + 1)

@@ -143,3 +143,33 @@ def test_an_adapter_s_second_turn_sees_what_has_become_of_the_model():
     model[0] = nn.Identity()
     with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear, it is a Identity"):
         switch.to(adapter)
+
+
+def test_after_a_switch_that_broke_off_the_base_model_comes_back():
+    model, first, second = (
+        small(),
+        SliceAdapter({"0": update([1, 4])}),
+        SliceAdapter({"0": update([0]), "2": update([3], shape=(4, 9))}),
+    )
+    before = state(model)
+    switch = slices.Switch(model)
+    switch.to(first)
+    with pytest.raises(pk.BackendUnavailable), pk.use_backend("cuda"):
+        switch.to(None)
+    assert switch.current is None
+    switch.to(second)
+    switch.to(None)
+    assert_same_state(model, before)
+
+
+def test_weights_that_share_memory_get_their_bits_back_and_other_owners_are_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    before = model[0].weight.detach().clone()
+    switch = slices.Switch(model)
+    switch.to(SliceAdapter({"0": update([1, 3], shape=(6, 6)), "1": update([1, 2], shape=(6, 6))}))
+    switch.to(None)
+    assert_same_bits(model[0].weight.detach(), before)
+    with pytest.raises(ValueError, match="0 cannot hold an adapter: its weight is another module's too"):
+        switch.to(SliceAdapter({"0": update([1, 3], shape=(6, 6))}))
+    assert_same_bits(model[0].weight.detach(), before)
