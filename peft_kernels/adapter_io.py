@@ -16,7 +16,7 @@ from .adapter_files import KEY_PREFIX, read_adapter, write_adapter
 from .config import AdapterConfig
 from .families import AdapterLayer, Choices, Family, adapter_layers, family_of_file, family_of_layers
 from .inject import commit
-from .planning import Injection, abandon, first_peft_layer, injection_of, plan_injection, unwrapped
+from .planning import Injection, abandon, base_name, first_peft_layer, injection_of, plan_injection, unwrapped
 from .reports import InjectionReport
 
 
@@ -179,16 +179,10 @@ def _tensors_beside(
     return tensors
 
 
-def _base_name(model: nn.Module) -> str | None:
-    """The name or path the base model was loaded from, as transformers remembers it."""
-    config = getattr(model, "config", None)
-    return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
-
-
 def _config_to_write(
     model: nn.Module, config: AdapterConfig, family: Family, layers: Mapping[str, AdapterLayer]
 ) -> dict[str, Any]:
-    base = config.base_model_name_or_path or _base_name(model)
+    base = config.base_model_name_or_path or base_name(model)
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     values = family.file_config(replace(config, base_model_name_or_path=base, inference_mode=True), layers, paths)
     if config.task_type is None:  # what PEFT's AutoPeftModel needs to find the class
@@ -204,7 +198,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _warn_of_other_base(model: nn.Module, config: AdapterConfig) -> None:
-    here = _base_name(model)
+    here = base_name(model)
     if here and config.base_model_name_or_path and here != config.base_model_name_or_path:
         warnings.warn(
             f"the adapter was trained on {config.base_model_name_or_path!r}, this model is {here!r}", stacklevel=3

@@ -20,6 +20,7 @@ from .planning import (
     memory_of,
     paths_of,
     plan_injection,
+    put_module,
     shortened,
     unwrapped,
     weight_owners,
@@ -79,11 +80,11 @@ def commit(model: nn.Module, plan: Plan) -> InjectionReport:
     model.requires_grad_(False)
     for path, layer in plan.layers.items():
         for place in plan.places[path]:
-            _put(model, place, layer)
+            put_module(model, place, layer)
     for paths, names in plan.mlps.items():
         mlp = SwiGLUMLP.over(model.get_submodule(paths[0]), *names)
         for place in paths:
-            _put(model, place, mlp)
+            put_module(model, place, mlp)
     for owner, name, parameter in plan.untied:
         setattr(owner, name, parameter)
     setattr(model, STATE, plan.injection)
@@ -126,11 +127,6 @@ def _trained_beside(model: nn.Module, plan: Plan) -> Iterator[nn.Parameter]:
         yield from (parameter for parameter in module.parameters() if parameter.is_floating_point())
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
 def eject(model: nn.Module, merge: bool = True) -> None:
     """Puts an `nn.Linear` back in the place of every adapter layer, and undoes what `inject` froze.
 
@@ -162,13 +158,13 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         # One layer at a time, so that merging needs the memory of one weight and not of all.
         linear = layer.to_linear(merge)
         for place in places[id(layer)]:
-            _put(model, place, linear)
+            put_module(model, place, linear)
     for paths in paths_of(
         {path: module for path, module in everything.items() if isinstance(module, SwiGLUMLP)}
     ).values():
         mlp = model.get_submodule(paths[0]).restored()
         for place in paths:
-            _put(model, place, mlp)
+            put_module(model, place, mlp)
     if injection is not None:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in injection.trainable_before)

@@ -200,6 +200,16 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.detach() if to_local is None else to_local().detach()
 
 
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that makes the steps, inside a wrapper like accelerate's; raises TypeError where there is none."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return torch_optimizer(inner)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
 def _check_not_negative(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value >= 0.0:  # also refuses NaN

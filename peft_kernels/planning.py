@@ -76,6 +76,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the one at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name or path the base model was loaded from, as transformers remembers it."""
+    config = getattr(model, "config", None)
+    return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+
+
 def paths_of(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     """All paths of each module, by its id."""
     paths: dict[int, list[str]] = {}

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import take_over
 from .lora import LoRAOptions
 from .merged import write_delta
 from .sparse_delta import SparseDeltaLinear
@@ -185,9 +184,7 @@ class RoSALinear(SparseDeltaLinear):
         merged = None
         if merge:
             merged = self.merged_weight if self.merged_weight is not None else self._merge()
-        else:
-            self.restore_weight()
-        linear = take_over(self, nn.Linear, without=(*self.adapter_state, self.trained_name))
+        linear = super().to_linear(merge)
         if merged is not None:
             linear.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
         return linear

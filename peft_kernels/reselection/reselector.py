@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn.sparse_delta import SparseDeltaLinear
-from ..optim import SparseSM3
+from ..optim import SparseSM3, torch_optimizer
 from ..planning import unwrapped
 from . import growth, moments
 from .growth import Growth
@@ -107,7 +107,7 @@ class Reselector:
             reselection_steps, selection_accumulation_steps, initial_reselection_rate, schedule, total_steps
         )
         self.layers = _layers_of(model)
-        self._optimizer = _torch_optimizer(optimizer)
+        self._optimizer = torch_optimizer(optimizer)
         self._groups()
         if selection == "sm3" and not isinstance(self._optimizer, SparseSM3):
             raise ValueError(f'selection "sm3" needs optim.SparseSM3, got {type(self._optimizer).__name__}')
@@ -290,13 +290,3 @@ def _layers_of(model: nn.Module | Iterable[SparseDeltaLinear]) -> dict[str, Spar
                 "parameters are not supported"
             )
     return layers
-
-
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that makes the steps, inside a wrapper like accelerate's."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return _torch_optimizer(inner)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return optimizer

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..planning import shortened, unwrapped
-from .trainable import TrainableSet, torch_optimizer
+from .trainable import TrainableSet, stateful_optimizer
 
 FORMAT = 1
 
@@ -94,7 +94,7 @@ class Schedule(ABC):
             interval: length of a period in steps; None for a single one.
             seed: of random choices; None for a policy that makes none.
         """
-        self._optimizer = torch_optimizer(optimizer)
+        self._optimizer = stateful_optimizer(optimizer)
         if (other := schedule_of(self._optimizer)) is not None:
             raise ValueError(f"optimizer has a schedule already, {other!r}; close() that one first")
         self._trainable = TrainableSet(parameters, self._optimizer)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..optim import torch_optimizer
+
 
 class TrainableSet:
     """The parameters that a schedule may start and stop; no other is ever touched.
@@ -114,13 +116,9 @@ def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
     return next(group for group in optimizer.param_groups if any(held is parameter for held in group["params"]))
 
 
-def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that makes the steps, inside a wrapper like accelerate's."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return torch_optimizer(inner)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.LBFGS):
+def stateful_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that makes the steps; raises ValueError for one whose state is not the parameters' own."""
+    inner = torch_optimizer(optimizer)
+    if isinstance(inner, torch.optim.LBFGS):
         raise ValueError("optimizer must keep a state per parameter; LBFGS keeps one for all of them")
-    return optimizer
+    return inner

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..channels.slices import Slice
 from ..nn.s2ft import S2FTLinear
-from ..planning import injection_of, unwrapped
+from ..planning import base_name, injection_of, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +103,6 @@ class SliceAdapter(Mapping[str, SliceUpdate]):
     def __repr__(self) -> str:
         channels = sum(update.slice.indices.numel() for update in self._updates.values())
         return f"SliceAdapter({len(self)} layers, {channels} channels, {self.numel} numbers)"
-
-
-def base_name(model: nn.Module) -> str | None:
-    """The name or path that a model was loaded from, as transformers remembers it."""
-    config = getattr(model, "config", None)
-    return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
 
 
 def taken(layer: S2FTLinear) -> SliceUpdate:

@@ -11,8 +11,8 @@ from torch import nn
 from ..adapter_files import KEY_PREFIX, check_finite, check_holds_only, read_adapter
 from ..channels.slices import Slice
 from ..families.s2ft import INDICES, S2FT, TRAINABLE
-from ..planning import unwrapped
-from .adapter import SliceAdapter, SliceUpdate, base_name
+from ..planning import base_name, unwrapped
+from .adapter import SliceAdapter, SliceUpdate
 
 
 @torch.no_grad()

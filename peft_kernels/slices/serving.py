@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.linear import take_over, takeover_obstacle
-from ..planning import unwrapped
+from ..planning import put_module, unwrapped
 from .adapter import SliceAdapter, SliceUpdate
 
 
@@ -112,7 +112,7 @@ class Served:
         everywhere = model.named_modules(remove_duplicate=False)
         self._places = {place: layers[id(module)] for place, module in everywhere if id(module) in layers}
         for place, layer in self._places.items():
-            _put(model, place, layer)
+            put_module(model, place, layer)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -148,7 +148,7 @@ class Served:
         linears = {id(layer): layer.stopped() for layer in self._places.values()}
         for place, layer in self._places.items():
             if self.model.get_submodule(place) is layer:
-                _put(self.model, place, linears[id(layer)])
+                put_module(self.model, place, linears[id(layer)])
         self._places = {}
 
 
@@ -166,8 +166,3 @@ def serve(model: nn.Module, adapters: Mapping[str, SliceAdapter]) -> Served:
     if not adapters:
         raise ValueError("adapters must not be empty")
     return Served(model, adapters)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
