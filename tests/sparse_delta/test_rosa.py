@@ -332,3 +332,13 @@ def test_its_output_may_be_changed_in_place():
     changed = torch.autograd.grad(nn.Sequential(layer, nn.ReLU(inplace=True))(x).sum(), (x, layer.values, layer.lora_a))
     for one, other in zip(plain, changed, strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_optimizer_leaves_an_ejected_layer_alone():
+    layer = pk.nn.RoSALinear.from_linear(nn.Linear(7, 5), num_deltas=4, r=2)
+    original = layer.weight.detach().clone()
+    optimizer = pk.optim.SparseAdamW([layer.values], lr=0.1)
+    layer(torch.randn(3, 7)).sum().backward()
+    linear = layer.to_linear(merge=False)
+    optimizer.step()
+    assert torch.equal(linear.weight, original)
