@@ -67,6 +67,35 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def("swiglu(Tensor gate, Tensor up, Tensor indices) -> (Tensor, Tensor)");
   m.def("swiglu_backward(Tensor grad_h, Tensor gate, Tensor up) -> (Tensor, Tensor)");
 
+  // Token elimination. rows [S] int32: of a matrix with M rows, sorted and unique; negative ones stand for no row.
+  m.def("gather_rows(Tensor x, Tensor rows) -> Tensor");
+  // residual [M, C] with values [S, C] added at rows, as a new tensor; in place.
+  m.def("scatter_add_rows(Tensor residual, Tensor values, Tensor rows) -> Tensor");
+  m.def("scatter_add_rows_(Tensor(a!) out, Tensor values, Tensor rows) -> ()");
+  // (h = kept rstd (offset + weight) [S, H], kept = x[rows] [S, H], rstd [S]); without rows of all of x, kept [0, H].
+  m.def(
+      "gather_rms_norm(Tensor x, Tensor? rows, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)");
+  // h again.
+  m.def("rms_norm_rows(Tensor kept, Tensor rstd, Tensor weight, float offset) -> Tensor");
+  // (dx = grad_residual with dkept added at rows [total, H], dweight [H], or [0] if not wanted).
+  m.def(
+      "gather_rms_norm_backward(Tensor? grad_residual, Tensor grad_h, Tensor kept, Tensor rstd, Tensor weight, "
+      "float offset, Tensor? rows, SymInt total, bool weight_grad) -> (Tensor, Tensor)");
+  // The heads of x [S, heads, D] rotated by rows of cos and sin [P, R]; turned back when inverse.
+  m.def("rope_rows(Tensor x, Tensor cos, Tensor sin, Tensor? rows, bool inverse) -> Tensor");
+  // residual [M, N] with x[rows] weight^T + bias added at rows; without residual the product alone, [S, N].
+  m.def(
+      "gather_linear_scatter(Tensor x, Tensor weight, Tensor? bias, Tensor rows, Tensor? residual, bool gather, "
+      "bool transposed) -> Tensor");
+  // Informativeness of the blocks of keys: q [B, heads, T, D], k [B, key_value_heads, T, D] -> [B, T // block_size].
+  m.def("block_scores(Tensor q, Tensor k, SymInt block_size, Tensor? starts) -> Tensor");
+  // Tokens of the blocks with the largest scores [B, tokens // block_size]: positions int32, sorted, then -1; counts.
+  m.def(
+      "select_tokens(Tensor scores, SymInt tokens, SymInt blocks, SymInt block_size, Tensor? threshold) "
+      "-> (Tensor positions, Tensor counts)");
+  // Losses [C] of logits [C, V], which become scale times their own gradient.
+  m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor labels, float scale) -> Tensor");
+
   // Selection of entries, on sorted unique arrays of int32 or int64.
   // The flat positions of the count largest rows[n] columns[k] but for those excluded: int64 [count], sorted.
   m.def("outer_product_topk(Tensor rows, Tensor columns, int count, Tensor exclude) -> Tensor");

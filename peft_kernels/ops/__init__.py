@@ -15,24 +15,29 @@ from .sparse_selection import (
     sorted_merge,
     sorted_union,
 )
+from .token_elimination import gather_rows, rope_rows, scatter_add_rows, split_rms_norm
 
 __all__ = [
     "attach_delta",
     "check_channels",
     "check_indices",
     "deltas",
+    "gather_rows",
     "gradient_topk",
     "lora_linear",
     "lora_merged_weight",
     "outer_product_topk",
     "quantized_sparse_delta_linear",
     "reordered",
+    "rope_rows",
     "s2ft_linear",
+    "scatter_add_rows",
     "sorted_contains",
     "sorted_difference",
     "sorted_intersection",
     "sorted_merge",
     "sorted_union",
     "sparse_delta_linear",
+    "split_rms_norm",
     "swiglu_s2ft",
 ]

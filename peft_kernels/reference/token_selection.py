@@ -1,0 +1,80 @@
+"""Which tokens are kept, in plain PyTorch: the definition of each operator that scores and selects them.
+
+Tokens are taken by blocks of `block_size` neighbors. The informativeness of block b, from queries and keys,
+
+    I(b) = sum over blocks a >= b of queries of  max over i in a, j in b, j <= i of  sum over heads of max(0, q_i . k_j)
+
+Source: Wang et al., "LeMo: Enabling Less Token Involvement for More Context Fine-tuning", 2025 (JENGA, USENIX ATC
+2025), sections 4.1 and 4.2: `I(j) = sum_i Q_i . K_j`, its positive part, reduced by blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .lora import accumulation_dtype
+
+
+def block_scores(q: Tensor, k: Tensor, block_size: int, starts: Tensor | None) -> Tensor:
+    """I(b) of every whole block of each sequence.
+
+    Args:
+        q: `[B, heads, T, D]`, any strides.
+        k: `[B, key_value_heads, T, D]` in q's dtype; a head h of q goes with head `h // (heads / key_value_heads)`.
+        block_size: tokens per block.
+        starts: int32 `[B, T]`: token i sees keys from starts[i] to i, none if that lies behind i (so packed documents
+            and padding are told apart); None means from 0.
+
+    Returns:
+        `[B, T // block_size]` in the accumulation dtype. Queries of an unfinished last block count, its keys do not.
+    """
+    batch, heads, tokens, _ = q.shape
+    accumulate = accumulation_dtype(q.dtype)
+    keys = k.to(accumulate).repeat_interleave(heads // k.shape[1], 1)
+    scores = (q.to(accumulate) @ keys.transpose(-1, -2)).clamp(min=0).sum(1)  # [B, T, T]
+    position = torch.arange(tokens, device=q.device)
+    seen = position[None, None, :] <= position[None, :, None]
+    if starts is not None:
+        seen = seen & (position[None, None, :] >= starts[:, :, None])
+    scores = torch.where(seen, scores, torch.zeros((), dtype=accumulate, device=q.device))
+    blocks = tokens // block_size
+    by_key = scores[:, :, : blocks * block_size].reshape(batch, tokens, blocks, block_size).amax(-1)
+    missing = -tokens % block_size
+    by_key = torch.nn.functional.pad(by_key, (0, 0, 0, missing))  # no score is negative
+    return by_key.reshape(batch, -1, block_size, blocks).amax(2).sum(1)
+
+
+def select_tokens(
+    scores: Tensor, tokens: int, blocks: int, block_size: int, threshold: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The tokens of the `blocks` blocks of each sequence with the largest scores, in order.
+
+    An unfinished last block, `tokens % block_size` tokens, is kept in any case, so that the host knows the count. Of
+    equal scores the earlier block is taken; a NaN is larger than any number, so that it is not hidden.
+
+    Args:
+        scores: `[B, tokens // block_size]`, float32 or float64.
+        tokens: T, tokens of a sequence.
+        blocks: how many to take, at most as many as there are.
+        block_size: tokens per block.
+        threshold: a scalar in scores' dtype: of those blocks only the ones whose score is at least as large are kept.
+
+    Returns:
+        positions int32 `[B, blocks * block_size + tokens % block_size]` in the sequence, sorted, then -1 up to the
+        end; counts int32 `[B]`, how many are not -1.
+    """
+    total = tokens // block_size
+    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :blocks]  # to sort, a NaN is the largest
+    mask = torch.zeros(scores.shape[0], total, dtype=torch.bool, device=scores.device)
+    mask.scatter_(1, chosen, True)
+    if threshold is not None:
+        mask &= (scores >= threshold) | scores.isnan()
+    kept = mask.repeat_interleave(block_size, 1)
+    tail = torch.ones(scores.shape[0], tokens - total * block_size, dtype=torch.bool, device=scores.device)
+    kept = torch.cat((kept, tail), 1)
+    positions = torch.arange(tokens, device=scores.device).expand(scores.shape[0], -1)
+    size = blocks * block_size + tail.shape[1]
+    ordered = torch.where(kept, positions, tokens).sort(1).values[:, :size]
+    counts = kept.sum(1)
+    return torch.where(ordered < tokens, ordered, -1).int(), counts.int()
