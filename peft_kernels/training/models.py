@@ -104,27 +104,35 @@ def _gguf_options() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _random_llama(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def random_llama_config(name: str) -> dict[str, Any]:
+    """The sizes of a random Llama by its name, as transformers' configuration calls them.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     size = name.removeprefix(_RANDOM_PREFIX)
     if not name.startswith(_RANDOM_PREFIX) or size not in _LLAMA_SIZES:
         known = ", ".join(_RANDOM_PREFIX + known_size for known_size in _LLAMA_SIZES)
         raise UserError(f"--model: random models are {known}; got {name!r}")
+    hidden, layers, heads, kv_heads, mlp, vocabulary = _LLAMA_SIZES[size]
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "tie_word_embeddings": size == "135m",
+    }
+
+
+def _random_llama(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    sizes = random_llama_config(name)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    hidden, layers, heads, kv_heads, mlp, vocabulary = _LLAMA_SIZES[size]
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        tie_word_embeddings=size == "135m",
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(**sizes, bos_token_id=None, eos_token_id=end, pad_token_id=end)
     return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
 
 

@@ -1,0 +1,100 @@
+"""Bytes that forward keeps for backward, by what keeps them; e is the size of a number, S the tokens of a batch that a
+layer computes.
+
+| part | lean | as transformers' layers keep it |
+| --- | --- | --- |
+| attention | norm input e H, rstd 4, q, k, v, output, 4 per head for its log-sum-exp | norm input in float32 and its \
+result, the rest alike |
+| MLP | norm input e H, rstd 4, gate and up e I each | norm input in float32 and its result, gate, up, silu(gate) and \
+their product |
+| adapter | LoRA 4 r per linear layer; S2FT its columns of attention's output and of the product | alike |
+
+All per kept token. Lean layers form the norm's result and the product again in backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .settings import StepSettings
+from .shape import ModelShape
+
+_WIDE = 4  # bytes of what is kept in float32 whatever the activations are in
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one decoder layer keeps.
+
+    Attributes:
+        attention, mlp: the two halves.
+        adapter: what is kept for the gradients of what trains.
+        positions: which tokens are kept, and their cosines and sines.
+    """
+
+    attention: int
+    mlp: int
+    adapter: int
+    positions: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.attention + self.mlp + self.adapter + self.positions
+
+
+def layer_bytes(shape: ModelShape, step: StepSettings, eliminates: bool) -> LayerBytes:
+    """What a layer keeps that eliminates tokens, or one that does not."""
+    in_attention = step.batch_size * (step.kept(step.keep_attention) if eliminates else step.seq_len)
+    in_mlp = step.batch_size * (step.kept(step.keep_mlp) if eliminates else step.seq_len)
+    attention_adapter, mlp_adapter = _adapter_per_token(shape, step)
+    selects = eliminates and min(step.keep_attention, step.keep_mlp) < 1.0
+    return LayerBytes(
+        attention=in_attention * _attention_per_token(shape, step),
+        mlp=in_mlp * _mlp_per_token(shape, step),
+        adapter=in_attention * attention_adapter + in_mlp * mlp_adapter,
+        positions=_positions(shape, step, in_attention) if selects else 0,
+    )
+
+
+def _norm(shape: ModelShape, step: StepSettings) -> int:
+    """Of a norm, and of the input of the linear layers behind it."""
+    if step.lean:
+        return step.bytes * shape.hidden + _WIDE
+    # Plain PyTorch normalizes in float32, and linear layers with an adapter keep what they are given.
+    return _WIDE * shape.hidden + _WIDE + step.bytes * shape.hidden
+
+
+def _attention_per_token(shape: ModelShape, step: StepSettings) -> int:
+    keys = shape.heads if step.expanded_keys else shape.key_value_heads
+    queries = 2 * shape.heads * shape.head_dim  # q, and the output, which o_proj is given
+    return _norm(shape, step) + step.bytes * (queries + 2 * keys * shape.head_dim) + _WIDE * shape.heads
+
+
+def _mlp_per_token(shape: ModelShape, step: StepSettings) -> int:
+    return _norm(shape, step) + step.bytes * shape.intermediate * (2 if step.lean else 4)
+
+
+def _adapter_per_token(shape: ModelShape, step: StepSettings) -> tuple[int, int]:
+    """For attention and for the MLP."""
+    if step.method == "lora":
+        hidden = _WIDE * step.r
+        return 4 * hidden, 3 * hidden
+    if step.method == "s2ft":
+        attention = round(step.s2ft_o * shape.heads * shape.head_dim)
+        return step.bytes * attention, step.bytes * round(step.s2ft_down * shape.intermediate)
+    return 0, 0
+
+
+def _positions(shape: ModelShape, step: StepSettings, tokens: int) -> int:
+    return tokens * (_WIDE + 2 * step.bytes * shape.head_dim)
+
+
+def workspace_bytes(shape: ModelShape, step: StepSettings) -> int:
+    """The most that backward of one layer holds beside what is kept: in the MLP, where it is widest, the product and
+    its gradient, those of gate and up, and those of the residual stream before and behind."""
+    tokens = step.batch_size * step.seq_len  # a layer that eliminates nothing needs most
+    if step.dense_layers == 0:
+        tokens = step.batch_size * max(step.kept(step.keep_mlp), step.kept(step.keep_attention))
+    stream = 2 * step.batch_size * step.seq_len * shape.hidden
+    return step.bytes * (tokens * 4 * shape.intermediate + stream)
