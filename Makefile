@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SHARED := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages)
 
-.PHONY: demo test lint unit interpreted simulated build gpu-check bench report clean
+.PHONY: demo test lint unit interpreted simulated build gpu-installed gpu-check gpu-bench bench report clean
 
 demo: build
 	$(BIN)/peft-kernels finetune --model smollm2 --method lora --r 16 --lora-alpha 32 --steps 40 \
@@ -55,10 +55,16 @@ build: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 # Sees what $(PYTHON) has installed and installs nothing but this package, in place.
-gpu-check:
+gpu-installed:
 	$(PYTHON) -m venv --system-site-packages $(VENV)-gpu
 	$(VENV)-gpu/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+
+gpu-check: gpu-installed
 	$(VENV)-gpu/bin/python -m benchmarks.gpu_check
+
+# All benchmark cases of gpu-check, which has time for the first ones.
+gpu-bench: gpu-installed
+	$(VENV)-gpu/bin/python -m benchmarks.gpu_check --benchmarks
 
 bench: build
 	$(BIN)/python -m benchmarks --suite cpu
@@ -81,4 +87,4 @@ $(VENV)/.test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(VENV)-gpu peft_kernels/*.so runs gpu-check
+	rm -rf build dist *.egg-info $(VENV) $(VENV)-gpu peft_kernels/*.so runs gpu-check gpu-bench

@@ -14,8 +14,10 @@ import torch
 
 from . import calls, deltas, lora, metadata, model, report, results, s2ft, sparse_delta
 from .cases import Progress, Record, failures
+from .gpu_suite import gpu
 from .suites import SUITES, Suite
 
+_SUITES = {**SUITES, "gpu": gpu}
 BENCHMARKS: dict[str, Callable[[Suite, Progress], Record]] = {
     "lora_layer": lora.run,
     "call_overhead": calls.run,
@@ -30,7 +32,7 @@ BENCHMARKS: dict[str, Callable[[Suite, Progress], Record]] = {
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", required=True, choices=SUITES)
+    parser.add_argument("--suite", required=True, choices=_SUITES)
     parser.add_argument("--only", help=f"comma-separated part of: {', '.join(BENCHMARKS)}")
     parser.add_argument("--output", type=Path, help="directory for results/<device>/<suite>.json")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads, before anything runs")
@@ -92,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "report":
         return report.main(argv[1:])
     arguments = _arguments(argv)
-    suite = SUITES[arguments.suite]()
+    suite = _SUITES[arguments.suite]()
     if suite.device_type == "cuda" and not torch.cuda.is_available():
         print(f"suite {suite.name} needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 1

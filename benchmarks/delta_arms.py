@@ -86,7 +86,7 @@ def ours(folder: Path, case: DeltaCase) -> Path:
     return deltas.save_delta(methods[case.method](), folder / "ours.safetensors")
 
 
-def dense(folder: Path, case: DeltaCase, draw_masks: bool = True) -> Path:
+def dense(folder: Path, case: DeltaCase, draw_masks: bool = True, device: str = "cpu") -> Path:
     """Merges the dense deltas; returns the file that was written.
 
     Args:
@@ -94,8 +94,9 @@ def dense(folder: Path, case: DeltaCase, draw_masks: bool = True) -> Path:
         case: the method.
         draw_masks: DARE's masks from torch's generator, as everyone does; else those of `peft_kernels`, so that the
             result can be compared.
+        device: where the merging is done.
     """
-    loaded = [load_file(folder / f"dense-{i}.safetensors") for i in range(COUNT)]
+    loaded = [load_file(folder / f"dense-{i}.safetensors", device) for i in range(COUNT)]
     order = shapes(case.model)
     if case.method == "breadcrumbs":
         merged = {name: _breadcrumbs([tensors[name].float() for tensors in loaded]) for name in order}
@@ -110,7 +111,7 @@ def dense(folder: Path, case: DeltaCase, draw_masks: bool = True) -> Path:
         sizes = [torch.Size(shape).numel() for shape in order.values()]
         merged = {name: part.view(order[name]).clone() for name, part in zip(order, whole.split(sizes), strict=True)}
     path = folder / "dense.safetensors"
-    save_file({name: tensor.to(case.dtype) for name, tensor in merged.items()}, path)
+    save_file({name: tensor.to("cpu", case.dtype) for name, tensor in merged.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())  # as ours does
     return path
@@ -122,7 +123,7 @@ def _dare(vectors: Tensor, order: Shapes | None) -> Tensor:
         if order is None:
             mask = torch.bernoulli(torch.full_like(vector, 1 - DROP))
         else:
-            mask = torch.cat([_kept(name, shape, SEED + i) for name, shape in order.items()])
+            mask = torch.cat([_kept(name, shape, SEED + i) for name, shape in order.items()]).to(vector.device)
         total += vector * mask * (1 / (1 - DROP))
     return total
 

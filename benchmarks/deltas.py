@@ -1,13 +1,15 @@
 """Two deltas merged, from files to a file: time and peak memory of ours and of the dense way with full sorts.
 
 Before anything is timed, the two results are compared; a wrong one gets no time. Peaks are those of a fresh process.
+
+In the suite of a GPU the dense way is done there, sorts and all, and ours on the machine's CPU, as its operators have
+no kernels for a GPU; peaks, of two kinds of memory then, are not taken.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +25,18 @@ from .delta_arms import DENSE, OURS
 from .harness import Arm, interleave, summarize
 from .suites import DeltaCase, Suite
 
-_RUN: dict[str, Callable[[Path, DeltaCase], Path]] = {DENSE: delta_arms.dense, OURS: delta_arms.ours}
 _PRELOADED = ["benchmarks.deltas"]
 _TOLERANCE = 1e-4
 """Of PCB-Merging, whose scores take an exponential and a hyperbolic tangent: ||difference|| / ||dense result||."""
 
 
-def difference(folder: Path, case: DeltaCase) -> dict[str, float]:
+def _merge(name: str, folder: Path, case: DeltaCase, device: str) -> Path:
+    return delta_arms.ours(folder, case) if name == OURS else delta_arms.dense(folder, case, device=device)
+
+
+def difference(folder: Path, case: DeltaCase, device: str = "cpu") -> dict[str, float]:
     """How far apart the two results are: entries that differ at all, and the relative norm of the difference."""
-    dense = load_file(delta_arms.dense(folder, case, draw_masks=False))
+    dense = load_file(delta_arms.dense(folder, case, draw_masks=False, device=device))
     squares = total = 0.0
     differing = 0
     with DeltaFile(delta_arms.ours(folder, case)) as packed:
@@ -50,7 +55,7 @@ def _wrong(case: DeltaCase, found: dict[str, float]) -> str | None:
 
 def peak_here(folder: Path, name: str, case: DeltaCase) -> dict[str, int]:
     """Resident memory of this process before arm `name` runs, and its peak."""
-    before, peak = memory.peak_resident_bytes(lambda: _RUN[name](folder, case))
+    before, peak = memory.peak_resident_bytes(lambda: _merge(name, folder, case, "cpu"))
     return {"resident_bytes": peak, "resident_before_bytes": before}
 
 
@@ -59,17 +64,20 @@ def measure(case: DeltaCase, suite: Suite) -> Record:
     with tempfile.TemporaryDirectory(prefix="peft-kernels-benchmark-") as directory:
         folder = Path(directory)
         run_apart(delta_arms.make_inputs, folder, case, preload=_PRELOADED)
-        found = run_apart(difference, folder, case, preload=_PRELOADED)
+        device = suite.device_type
+        found = run_apart(difference, folder, case, device, preload=_PRELOADED)
         wrong = _wrong(case, found)
         os.sync()  # both arms wait for the disk at their end: not for what was written before
         arms: dict[str, Record] = {DENSE: {"status": "ready"}, OURS: {"status": "ready", "errors": found}}
         if wrong is not None:
             arms[OURS] = {"status": "wrong", "reason": wrong}
         ready = [name for name, arm in arms.items() if arm["status"] == "ready"]
-        timed = [Arm(name, partial(_timed, name, folder, case)) for name in ready]
+        timed = [Arm(name, partial(_timed, name, folder, case, device)) for name in ready]
         times = summarize(interleave(timed, suite.delta_plan), (DENSE,))
         for name in ready:
             arms[name].update(times[name], status="measured")
+            if device != "cpu":
+                continue
             try:
                 arms[name]["memory"] = run_apart(peak_here, folder, name, case, preload=_PRELOADED)
             except Exception as error:
@@ -79,8 +87,8 @@ def measure(case: DeltaCase, suite: Suite) -> Record:
     return {"arms": arms, "file_bytes": sizes}
 
 
-def _timed(name: str, folder: Path, case: DeltaCase, _round: int) -> Path:
-    return _RUN[name](folder, case)
+def _timed(name: str, folder: Path, case: DeltaCase, device: str, _round: int) -> Path:
+    return _merge(name, folder, case, device)
 
 
 def _add_shares(arms: dict[str, Record]) -> None:
@@ -95,7 +103,10 @@ def _add_shares(arms: dict[str, Record]) -> None:
 def run(suite: Suite, progress: Progress) -> Record:
     """All delta cases of `suite`."""
     settings = {name: getattr(delta_arms, name) for name in ("DROP", "KEEP", "BETA", "GAMMA", "COUNT")}
-    train_info: Record = {"settings": {name.lower(): value for name, value in settings.items()}}
+    train_info: Record = {
+        "settings": {name.lower(): value for name, value in settings.items()},
+        "devices": {DENSE: suite.device_type, OURS: "cpu"},
+    }
     return run_cases(suite.deltas, lambda case: measure(case, suite), describe, progress, train_info)
 
 

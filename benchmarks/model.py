@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .arm_families import family_of
 from .cases import Progress, Record, failure, run_cases
 from .harness import Arm, interleave, summarize
 from .model_arms import ModelArm
+from .served import as_if_recorded, served
 from .suites import AnyModelCase, Suite
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -46,10 +48,12 @@ def _build(base: nn.Module, case: AnyModelCase) -> tuple[list[ModelArm], dict[st
 def _check_losses(arms: Sequence[ModelArm], records: dict[str, Record], case: AnyModelCase, batch: Tensor) -> None:
     """Records every arm's first loss and marks as wrong an arm whose loss is not the one that its family says."""
     for arm in arms:
-        loss = arm.forward_backward(batch)
+        try:
+            records[arm.name]["first_loss"] = arm.forward_backward(batch).item()
+        except Exception as error:  # such as too little memory, which costs the other arms nothing
+            records[arm.name].update(failure(error))
         for parameter in arm.trainable().values():
             parameter.grad = None
-        records[arm.name]["first_loss"] = loss.item()
     for name, record in records.items():
         if name == model_arms.FROZEN or "first_loss" not in record:
             continue
@@ -63,6 +67,22 @@ def _check_losses(arms: Sequence[ModelArm], records: dict[str, Record], case: An
             record.update(status="wrong", reason=reason)
 
 
+def _first_steps(arm: ModelArm, record: Record, batch: Tensor) -> bool:
+    """Whether the arm takes steps; its record gets the backends that served their operators.
+
+    Two steps: what an optimizer has changed is written into the weights by the next one's forward.
+    """
+    try:
+        with served() as backends:
+            for _ in range(2):
+                arm.step(batch)
+    except Exception as error:
+        record.update(failure(error))
+        return False
+    record["backends"] = backends
+    return True
+
+
 def measure(case: AnyModelCase, suite: Suite, base: nn.Module, tokens: Sequence[Tensor]) -> Record:
     """Seconds per step of every arm, interleaved in this process."""
     arms, records = _build(base, case)
@@ -73,12 +93,15 @@ def measure(case: AnyModelCase, suite: Suite, base: nn.Module, tokens: Sequence[
         return lambda i: arm.step(tokens[i % len(tokens)])
 
     model_memory.add_saved(records, ready, tokens[0])
+    ready = [arm for arm in ready if _first_steps(arm, records[arm.name], tokens[0])]
     timed = [Arm(arm.name, run(arm)) for arm in ready]
     family = family_of(case)
     bases = (model_arms.FROZEN, family.peft(case))
     times = summarize(interleave(timed, suite.model_plan, suite.device_type), bases)
     for arm in ready:
         records[arm.name].update(times[arm.name], status="measured")
+    if suite.memory_of_model and suite.device_type != "cpu":
+        model_memory.add_peaks(records, ready, tokens[0], case)
     return {"limits": {"ideal_ratio": family.ideal_ratio(base, case)}, "arms": records}
 
 
@@ -95,9 +118,14 @@ class _Models:
         key = case.model, case.dtype
         if self._loaded is None or self._key != key:
             self._loaded = None  # frees the last model before the next one is loaded
-            self._key, self._loaded = key, load_model(case.model, case.dtype, self.device)
+            self._key, self._loaded = key, self._load(case)
             self.descriptions[case.model] = self._loaded.description
         return self._loaded
+
+    def _load(self, case: AnyModelCase) -> LoadedModel:
+        # A random model is made where it is used: on a GPU that takes a second, on the CPU a minute.
+        with self.device if case.model.startswith("random:") else contextlib.nullcontext():
+            return load_model(case.model, case.dtype, self.device)
 
 
 def _run(suite: Suite, cases: Sequence[Any], progress: Progress) -> Record:
@@ -109,7 +137,7 @@ def _run(suite: Suite, cases: Sequence[Any], progress: Progress) -> Record:
         source = models.get(case)
         tokens = [batch.to(models.device) for batch in model_arms.batches(source.tokenizer, case, count=4)]
         record = measure(case, suite, source.model, tokens)
-        if suite.memory_of_model:
+        if suite.memory_of_model and suite.device_type == "cpu":
             model_memory.add_to(record["arms"], case, source)
         return record
 
@@ -118,7 +146,8 @@ def _run(suite: Suite, cases: Sequence[Any], progress: Progress) -> Record:
         "optimizer": family_of(cases[0]).optimizer,
         "keep_freed_memory": keeps_memory,
     }
-    return run_cases(cases, one, describe, progress, train_info)
+    with as_if_recorded(suite.device_type):
+        return run_cases(cases, one, describe, progress, train_info)
 
 
 def run_lora(suite: Suite, progress: Progress) -> Record:
@@ -162,7 +191,7 @@ def describe(record: Record) -> str:
             parts.append(f"{name} {arm['median_s']:.3f} s")
         else:
             added = arm.get("memory", {}).get("added")
-            memory = f" ({added['resident_bytes'] / 1e6:+.0f} MB)" if added else ""
+            memory = f" ({added.get('resident_bytes', added['tensor_bytes']) / 1e6:+.0f} MB)" if added else ""
             saved = arm["saved"].get("relative_to_frozen", {}).get("bytes")
             kept = f", keeps {saved:.3f}" if saved else ""
             ratio = arm["relative_to"][model_arms.FROZEN]["median_of_ratios"]

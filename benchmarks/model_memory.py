@@ -1,6 +1,7 @@
 """Memory of one training step: what autograd keeps for backward, and peaks.
 
-Peaks are taken of each arm in a fresh process: an arm must not profit from another's heap.
+On the CPU peaks are taken of each arm in a fresh process: an arm must not profit from another's heap. On a GPU the
+allocator counts what lives, whoever else has a part of the heap, so there they are taken where the arms were timed.
 """
 
 from __future__ import annotations
@@ -95,15 +96,37 @@ def add_to(records: dict[str, Record], case: AnyModelCase, source: LoadedModel) 
                     record["memory"] = run_apart(measure_here, directory, name, case, preload=_PRELOADED)
                 except Exception as error:
                     record["memory"] = failure(error)
+    _add_differences(records, case)
+
+
+def add_peaks(records: dict[str, Record], arms: Sequence[ModelArm], batch: Tensor, case: AnyModelCase) -> None:
+    """Adds `memory` to the records of `arms`, which have taken steps before: as `add_to`, with tensors alone.
+
+    `tensor_bytes` is what the arm would need by itself: its parameters, buffers and optimizer state, plus the most that
+    lived at once within the step. On a GPU the allocator rounds each tensor up to 512 bytes.
+    """
+    for arm in arms:
+        try:
+            peak = memory.peak_tensor_bytes(lambda arm=arm: arm.step(batch), batch.device)  # type: ignore[misc]
+        except Exception as error:
+            records[arm.name]["memory"] = failure(error)
+            continue
+        tensors = memory.tensor_bytes(arm.resident_tensors())
+        records[arm.name]["memory"] = {"tensor_bytes": tensors + peak, "tensor_before_bytes": tensors}
+    _add_differences(records, case)
+
+
+def _add_differences(records: dict[str, Record], case: AnyModelCase) -> None:
     taken = {name: record["memory"] for name, record in records.items() if "tensor_bytes" in record.get("memory", {})}
     frozen = taken.pop(model_arms.FROZEN, None)
     if frozen is None:
         return
+    measures = [key for key in _MEASURES if key in frozen]
     for memory_of_arm in taken.values():
-        memory_of_arm["added"] = {key: memory_of_arm[key] - frozen[key] for key in _MEASURES}
+        memory_of_arm["added"] = {key: memory_of_arm[key] - frozen[key] for key in measures}
     peft = family_of(case).peft(case)
     if peft in taken:
         base = dict(taken[peft]["added"])
         for memory_of_arm in taken.values():
             added = memory_of_arm["added"]
-            added["relative_to_peft"] = {key: added[key] / base[key] if base[key] > 0 else None for key in _MEASURES}
+            added["relative_to_peft"] = {key: added[key] / base[key] if base[key] > 0 else None for key in measures}

@@ -52,6 +52,7 @@ _KINDS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "sparse-model-saved": ("sparse_delta_model", tables.model_saved),
     "s2ft-operations": ("s2ft", tables.s2ft_operations),
     "s2ft-model-time": ("s2ft_model", tables.model_time),
+    "s2ft-model-time-to-lora": ("s2ft_model", tables.model_time_to_lora),
     "s2ft-model-saved": ("s2ft_model", tables.model_saved),
     "s2ft-model-memory": ("s2ft_model", tables.model_memory),
     "call-overhead": ("call_overhead", tables.call_overhead),

@@ -66,16 +66,16 @@ def _values(path: str, weight: Tensor, indices: Tensor) -> Tensor:
 
     So large that the loss moves by more than what the check of first losses lets pass.
     """
-    original = weight.detach()[:, indices].float()
+    original = weight.detach()[:, indices.to(weight.device)].float()
     generator = torch.Generator().manual_seed(zlib.crc32(path.encode()))
-    return original + original.std() * torch.randn(original.shape, generator=generator)
+    return original + original.std() * torch.randn(original.shape, generator=generator).to(weight.device)
 
 
 def _put_paca(model: nn.Module, parts: dict[str, Slice]) -> None:
     for path, part in parts.items():
         parent, _, name = path.rpartition(".")
         linear: Any = model.get_submodule(path)
-        layer = PaCALinear(linear, part.indices, _values(path, linear.weight, part.indices))
+        layer = PaCALinear(linear, part.indices.to(linear.weight.device), _values(path, linear.weight, part.indices))
         setattr(model.get_submodule(parent), name, layer)
 
 
@@ -95,7 +95,8 @@ def _inject(model: nn.Module, parts: dict[str, Slice], case: S2FTModelCase, name
         for path, value in values.items():
             layer: Any = model.get_submodule(path)
             numbers = layer.indices if layer.order is None else layer.order[layer.indices]  # before they moved
-            layer.trainable.copy_(value[:, torch.searchsorted(parts[path].indices, numbers)])
+            columns = torch.searchsorted(parts[path].indices.cpu(), numbers.cpu())
+            layer.trainable.copy_(value[:, columns.to(value.device)])
 
 
 def build(name: str, base: nn.Module, case: S2FTModelCase) -> ModelArm:

@@ -5,7 +5,8 @@
                                     other one is left out
     PEFT, LoRA unmerge and merge    `unmerge_adapter`, and `merge_adapter` of the other of two adapters
 
-The model is the layers that the adapters are about. LoRA's factors are float32, the default of both.
+The model is the layers that the adapters are about. LoRA's factors are float32, the default of both. On a GPU many
+small kernels are queued, so that a switch may take the host's time: what whoever waits for it waits.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from peft_kernels.channels import Slice
 from peft_kernels.nn.s2ft import random_channels
 from peft_kernels.slices import SliceAdapter, SliceUpdate, Switch
 
-from .operations import OURS, Run, require_equal, turn
-from .suites import S2FTCase
+from .operations import OURS, Run, Work, attempt, require_equal, turn
+from .suites import S2FTCase, Suite
 
 OURS_LORA = "ours, LoRA unmerge and merge"
 PEFT_LORA = "PEFT, LoRA unmerge and merge"
@@ -30,20 +31,20 @@ _NAME = "down_proj"
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def model_of(case: S2FTCase) -> nn.ModuleList:
+def model_of(case: S2FTCase, device: torch.device) -> nn.ModuleList:
     """`case.layers` linear layers of random weights, the same ones at each call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     blocks = nn.ModuleList()
     for _ in range(case.layers):
         linear = nn.Linear(case.K, case.N, bias=False, device="meta")
-        weight = torch.randn(case.N, case.K, generator=generator) * case.K**-0.5
+        weight = torch.randn(case.N, case.K, generator=generator, device=device) * case.K**-0.5
         linear.weight = nn.Parameter(weight.to(case.dtype), requires_grad=False)
         blocks.append(nn.ModuleDict({_NAME: linear}))
     return blocks
 
 
 def adapter_of(case: S2FTCase, seed: int) -> SliceAdapter:
-    """Changes of `case.channels` random channels in every layer, float32."""
+    """Changes of `case.channels` random channels in every layer, float32, on the CPU as after loading."""
     generator = torch.Generator().manual_seed(seed)
     updates = {}
     for layer in range(case.layers):
@@ -62,15 +63,16 @@ def _weight(model: nn.Module) -> Tensor:
     return getattr(layer, "base_layer", layer).weight.detach().clone()  # type: ignore[no-any-return]
 
 
-def _ours(case: S2FTCase) -> Run:
-    model = model_of(case)
+def _ours(case: S2FTCase, device: torch.device) -> Run:
+    model = model_of(case, device)
     switch = Switch(model)
     adapters = [adapter_of(case, seed) for seed in (1, 2)]
     before = _weight(model)
     for adapter in adapters:
         switch.to(adapter)
     update = adapter[f"0.{_NAME}"]
-    expected = before.float().index_add(update.axis, update.slice.indices, update.change)
+    indices, change = update.slice.indices.to(device), update.change.to(device)
+    expected = before.float().index_add(update.axis, indices, change)
     require_equal("Switch.to", _weight(model), expected, _TOLERANCE[case.dtype])
     switch.to(None)
     if not torch.equal(_weight(model), before):
@@ -78,9 +80,9 @@ def _ours(case: S2FTCase) -> Run:
     return OURS, turn(adapters, switch.to)
 
 
-def _ours_lora(case: S2FTCase) -> Run:
+def _ours_lora(case: S2FTCase, device: torch.device) -> Work:
     assert case.r is not None
-    model = model_of(case)
+    model = model_of(case, device)
     before = _weight(model)
     pk.inject(model, pk.LoraConfig(r=case.r, lora_alpha=2 * case.r, target_modules=[_NAME], init_lora_weights=False))
     layer: Any = model.get_submodule(f"0.{_NAME}")
@@ -92,14 +94,14 @@ def _ours_lora(case: S2FTCase) -> Run:
         pk.unmerge(model)
         pk.merge(model)
 
-    return OURS_LORA, run
+    return run
 
 
-def _peft_lora(case: S2FTCase) -> Run:
+def _peft_lora(case: S2FTCase, device: torch.device) -> Work:
     import peft
 
     assert case.r is not None
-    model: Any = model_of(case)
+    model: Any = model_of(case, device)
     before = _weight(model)
     config = peft.LoraConfig(r=case.r, lora_alpha=2 * case.r, target_modules=[_NAME], init_lora_weights=False)
     adapted: Any = peft.get_peft_model(model, config, adapter_name="first")
@@ -113,9 +115,14 @@ def _peft_lora(case: S2FTCase) -> Run:
         adapted.unmerge_adapter()
         adapted.merge_adapter(adapter_names=[name])
 
-    return PEFT_LORA, turn(["first", "second"], to)
+    return turn(["first", "second"], to)
 
 
-def arms(case: S2FTCase) -> list[Run]:
-    """Ours, and LoRA merged by PEFT and by us; raises when one of them does not compute what it should."""
-    return [_ours(case), _peft_lora(case), _ours_lora(case)]
+def arms(case: S2FTCase, suite: Suite) -> list[Run]:
+    """Ours, and LoRA merged by PEFT and by us; raises when ours does not compute what it should."""
+    device = torch.device(suite.device_type)
+    return [
+        _ours(case, device),
+        attempt(PEFT_LORA, lambda: _peft_lora(case, device)),
+        attempt(OURS_LORA, lambda: _ours_lora(case, device)),
+    ]

@@ -7,7 +7,9 @@
     layer     forward + backward of `nn.SparseDeltaLinear` beside the frozen linear and PEFT's Super-Tuning
 
 Weights rotate, so that none is in the cache when it is written to, as in a training step over many layers. Before an
-arm is timed its results are compared with those of the arm it is measured against.
+arm is timed its results are compared with those of the arm it is measured against. On a GPU each arm is run after
+`operations.head_start`, on the backends of `served.as_if_recorded`; its record says which served it. `gradient` is
+measured on each backend of the suite, too, and there is no C loop.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from peft_kernels.nn.positions import random_positions
 
 from . import access, operations
 from .cases import Progress, Record, run_cases
-from .operations import OURS, Run, copies, require_equal, turn
+from .operations import OURS, Run, Work, attempt, copies, require_equal, turn
+from .served import as_if_recorded
 from .suites import SparseCase, Suite
 
 BOUND = "C loop, same accesses"
@@ -50,13 +53,15 @@ class _Delta:
     values: nn.Parameter
 
     @classmethod
-    def random(cls, case: SparseCase, seed: int) -> _Delta:
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(case.N, case.K, generator=generator).to(case.dtype)
-        indices = random_positions(weight.numel(), round(case.density * weight.numel()), generator)
+    def random(cls, case: SparseCase, seed: int, device: torch.device) -> _Delta:
+        generator, numel = torch.Generator(device).manual_seed(seed), case.N * case.K
+        weight = torch.randn(case.N, case.K, generator=generator, device=device).to(case.dtype)
+        # Positions are drawn on the CPU, with the same generator where that is the device.
+        drawing = generator if device.type == "cpu" else torch.Generator().manual_seed(seed)
+        indices = random_positions(numel, round(case.density * numel), drawing).to(device)
         wide = indices.long()
-        values = nn.Parameter(torch.randn(wide.numel(), generator=generator) * 1e-2)
-        values.grad = torch.randn(wide.numel(), generator=generator)
+        values = nn.Parameter(torch.randn(wide.numel(), generator=generator, device=device) * 1e-2)
+        values.grad = torch.randn(wide.numel(), generator=generator, device=device)
         return cls(weight, indices, wide, weight.view(-1)[wide].clone(), values)
 
     def index_put(self) -> None:
@@ -65,37 +70,41 @@ class _Delta:
         self.weight.view(-1)[self.wide] = sums
 
 
-def _rotation(case: SparseCase) -> list[_Delta]:
+def _rotation(case: SparseCase, device: torch.device) -> list[_Delta]:
     """So many weights that none stays in a cache until its next turn."""
     size = case.N * case.K * case.dtype.itemsize
-    return [_Delta.random(case, seed) for seed in range(copies(size))]
+    return [_Delta.random(case, seed, device) for seed in range(copies(size))]
 
 
-def _write(case: SparseCase) -> list[Run]:
-    deltas = _rotation(case)
-    write = backends.kernel("scatter_write_", "cpu", case.dtype)
+def _write(case: SparseCase, suite: Suite) -> list[Run]:
+    device = torch.device(suite.device_type)
+    deltas = _rotation(case, device)
 
     def ours(d: _Delta) -> None:
+        write = backends.kernel("scatter_write_", device.type, case.dtype)
         write(d.weight, d.indices, d.original, d.values.detach())
 
     ours(deltas[0])
     written = deltas[0].weight.clone()
     deltas[0].index_put()
     require_equal("scatter_write_", written, deltas[0].weight, 0.0)
+    arms: list[Run] = [(OURS, turn(deltas, ours)), (INDEX_PUT, turn(deltas, _Delta.index_put))]
+    if device.type != "cpu":
+        return arms
     bound = access.scattered_write()
-    arms = [(OURS, turn(deltas, ours)), (INDEX_PUT, turn(deltas, _Delta.index_put))]
     return [*arms, (BOUND, turn(deltas, lambda d: bound(d.weight, d.indices, d.original, d.values)))]
 
 
-def _adamw(case: SparseCase) -> list[Run]:
-    update = backends.kernel("sparse_adamw_", "cpu", torch.float32)
+def _adamw(case: SparseCase, suite: Suite) -> list[Run]:
+    device = torch.device(suite.device_type)
     # Optimizers keep state, so each has deltas of its own; both start from the same ones.
-    ours = [(d, torch.zeros_like(d.values), torch.zeros_like(d.values)) for d in _rotation(case)]
-    theirs = [(d, torch.optim.AdamW([d.values], lr=1e-3)) for d in _rotation(case)]
+    ours = [(d, torch.zeros_like(d.values), torch.zeros_like(d.values)) for d in _rotation(case, device)]
+    theirs = [(d, torch.optim.AdamW([d.values], lr=1e-3)) for d in _rotation(case, device)]
 
     def one(item: tuple[_Delta, Tensor, Tensor]) -> None:
         d, exp_avg, exp_avg_sq = item
         target = (d.weight, d.indices, d.original)
+        update = backends.kernel("sparse_adamw_", device.type, torch.float32)
         update(d.values.detach(), d.values.grad, exp_avg, exp_avg_sq, *target, 1, 1e-3, 0.9, 0.999, 1e-8, 1e-2)
 
     def other(item: tuple[_Delta, torch.optim.Optimizer]) -> None:
@@ -108,42 +117,49 @@ def _adamw(case: SparseCase) -> list[Run]:
     return [(OURS, turn(ours, one)), (UNFUSED, turn(theirs, other))]
 
 
-def _gradient(case: SparseCase) -> list[Run]:
-    delta = _Delta.random(case, 0)
-    generator = torch.Generator().manual_seed(1)
+def _gradient(case: SparseCase, suite: Suite) -> list[Run]:
+    device = torch.device(suite.device_type)
+    delta = _Delta.random(case, 0, device)
+    generator = torch.Generator(device).manual_seed(1)
     pairs = [
-        tuple(torch.randn(case.M, n, generator=generator).to(case.dtype) for n in (case.N, case.K)) for _ in range(4)
+        tuple(torch.randn(case.M, n, generator=generator, device=device).to(case.dtype) for n in (case.N, case.K))
+        for _ in range(4)
     ]
-    sampled = backends.kernel("sampled_product", "cpu", case.dtype)
 
-    def ours(pair: tuple[Tensor, Tensor]) -> Tensor:
-        return sampled(*pair, delta.indices, torch.float32)
-
-    def dense(pair: tuple[Tensor, Tensor]) -> Tensor:
+    def dense(pair: tuple[Tensor, ...]) -> Tensor:
         return (pair[0].t() @ pair[1]).view(-1)[delta.wide].float()
 
-    require_equal("sampled_product", ours(pairs[0]), dense(pairs[0]), _TOLERANCE[case.dtype])
-    return [(OURS, turn(pairs, ours)), (DENSE, turn(pairs, dense))]
+    expected = dense(pairs[0])
+
+    def ours(backend: str | None = None) -> Work:
+        def run(pair: tuple[Tensor, ...]) -> Tensor:
+            sampled = backends.kernel("sampled_product", device.type, case.dtype, backend)
+            return sampled(*pair, delta.indices, torch.float32)  # type: ignore[no-any-return]
+
+        require_equal("sampled_product", run(pairs[0]), expected, _TOLERANCE[case.dtype])
+        return turn(pairs, run)
+
+    return [
+        *((OURS, ours()), (DENSE, turn(pairs, dense))),
+        *(attempt(f"{OURS} [{backend}]", lambda backend=backend: ours(backend)) for backend in suite.backends),  # type: ignore[misc]
+    ]
 
 
-def _layer(case: SparseCase) -> list[Run]:
-    import peft
-
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(case.M, case.K, generator=generator).to(case.dtype).requires_grad_()
-    dy = torch.randn(case.M, case.N, generator=generator).to(case.dtype)
+def _layer(case: SparseCase, suite: Suite) -> list[Run]:
+    device = torch.device(suite.device_type)
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(case.M, case.K, generator=generator, device=device).to(case.dtype).requires_grad_()
+    dy = torch.randn(case.M, case.N, generator=generator, device=device).to(case.dtype)
 
     def linear() -> nn.Linear:
         torch.manual_seed(0)
-        return nn.Linear(case.K, case.N, bias=False, dtype=case.dtype).requires_grad_(False)
+        return nn.Linear(case.K, case.N, bias=False, dtype=case.dtype, device=device).requires_grad_(False)
 
-    host = nn.Sequential(linear())
-    peft.get_peft_model(host, peft.SupertuningConfig(sparsity=1.0 - case.density, target_modules=["0"]))
     ours = pk.nn.SparseDeltaLinear.from_linear(linear(), density=case.density, selection="magnitude")
-    layers = {OURS: ours, FROZEN: linear(), SUPER_TUNING: host[0]}
-    require_equal("SparseDeltaLinear", ours(x).detach(), host[0](x).detach(), _TOLERANCE[case.dtype])
+    frozen = linear()
+    require_equal("SparseDeltaLinear", ours(x).detach(), frozen(x).detach(), _TOLERANCE[case.dtype])
 
-    def step(layer: nn.Module) -> Callable[[int], object]:
+    def step(layer: nn.Module) -> Work:
         def run(_: int) -> None:
             layer(x).backward(dy)
             x.grad = None
@@ -151,10 +167,23 @@ def _layer(case: SparseCase) -> list[Run]:
 
         return run
 
-    return [(name, step(layer)) for name, layer in layers.items()]
+    def super_tuning() -> Work:
+        import peft
+
+        host = nn.Sequential(linear())
+        peft.get_peft_model(host, peft.SupertuningConfig(sparsity=1.0 - case.density, target_modules=["0"]))
+        require_equal(SUPER_TUNING, host[0](x).detach(), frozen(x).detach(), _TOLERANCE[case.dtype])
+        return step(host[0])
+
+    return [(OURS, step(ours)), (FROZEN, step(frozen)), attempt(SUPER_TUNING, super_tuning)]
 
 
-_OPERATIONS = {"write": _write, "adamw": _adamw, "gradient": _gradient, "layer": _layer}
+_OPERATIONS: dict[str, Callable[[SparseCase, Suite], list[Run]]] = {
+    "write": _write,
+    "adamw": _adamw,
+    "gradient": _gradient,
+    "layer": _layer,
+}
 
 
 def _limits(case: SparseCase) -> dict[str, float]:
@@ -174,13 +203,14 @@ def measure(case: SparseCase, suite: Suite) -> Record:
     """Seconds of every arm of one case."""
     bases = BASES[case.operation]
     return operations.measure(
-        lambda: _OPERATIONS[case.operation](case), _limits(case), bases, suite.sparse_plan, suite.device_type
+        lambda: _OPERATIONS[case.operation](case, suite), _limits(case), bases, suite.sparse_plan, suite.device_type
     )
 
 
 def run(suite: Suite, progress: Progress) -> Record:
     """All cases of `suite` for the operators of sparse deltas."""
-    return run_cases(suite.sparse, lambda case: measure(case, suite), describe, progress, {})
+    with as_if_recorded(suite.device_type):
+        return run_cases(suite.sparse, lambda case: measure(case, suite), describe, progress, {})
 
 
 def describe(record: Record) -> str:

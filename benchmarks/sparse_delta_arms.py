@@ -81,7 +81,7 @@ def _set_peft_values(model: nn.Module) -> None:
             parameter.copy_(_values(plain, parameter.numel()))
         elif hasattr(module, "supertuning_values"):
             parameter = module.supertuning_values["default"]
-            rank = module.supertuning_indices["default"].argsort().argsort()
+            rank = module.supertuning_indices["default"].argsort().argsort().cpu()
             parameter.copy_(_values(plain, parameter.numel())[rank])
 
 

@@ -88,7 +88,7 @@ class S2FTCase:
         ratio: share of the channels that train.
         dim: whether those are "input" or "output" channels.
         layers: how many weights, where it takes a whole model.
-        r: rank of the LoRA adapter that it is compared with, or None.
+        r: rank of the LoRA adapter that "layer" and "switch" are compared with, or None.
     """
 
     operation: str
@@ -144,8 +144,8 @@ class Suite:
     """A named set of cases for one device type, with a plan per benchmark.
 
     Attributes:
-        backends: backends measured apart from the default one.
-        memory_of_model: whether the model's peak memory is taken too, in one process per arm.
+        backends: backends measured apart from the default one, by layers of LoRA and by gradients.
+        memory_of_model: whether the model's peak memory is taken too, on a CPU in one process per arm.
     """
 
     name: str
@@ -232,19 +232,6 @@ def _cpu() -> Suite:
     )
 
 
-def _gpu() -> Suite:
-    shapes = ((4096, 4096), (4096, 14336), (14336, 4096))  # Llama-3-8B: attention, up and gate, down
-    return Suite(
-        name="gpu",
-        device_type="cuda",
-        layers=tuple(LayerCase(8192, K, N, r, BF16, p) for K, N in shapes for r in (16, 64) for p in (0.0, 0.1)),
-        layer_plan=Plan(warmup=5, min_rounds=11, max_rounds=51, seconds=4.0),
-        calls=tuple(CallCase(1, 64, 64, 16, p, iterations=100) for p in (0.0, 0.1)),
-        call_plan=Plan(warmup=2, min_rounds=15, max_rounds=31, seconds=5.0),
-        backends=("reference", "triton", "cuda"),
-    )
-
-
 def _smoke() -> Suite:
     quick = Plan(warmup=1, min_rounds=2, max_rounds=2, seconds=0.0)
     return Suite(
@@ -276,4 +263,5 @@ def _smoke() -> Suite:
     )
 
 
-SUITES = {"cpu": _cpu, "gpu": _gpu, "smoke": _smoke}
+SUITES = {"cpu": _cpu, "smoke": _smoke}
+"""Those of a CPU; that of a GPU is in `gpu_suite.py`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import delta_arms, lora, model, model_arms, peers, s2ft, sparse_delta
+from . import delta_arms, lora, model, model_arms, peers, s2ft, s2ft_arms, sparse_delta
 from .results import Section
 
 NOT_MEASURED = "not measured"
+_PEAKS = ("resident_bytes", "tensor_bytes")
 Row = list[str]
 
 
@@ -110,26 +111,33 @@ def _model_label(case: dict[str, Any]) -> Row:
     return [f"{case['model']}, {size}", model.adapter_of(case), case["dtype"]]
 
 
-def model_time(section: Section) -> str:
-    """Time per training step, relative to the frozen model."""
-    names = _arm_names(section, leave_out=model_arms.FROZEN)
-    header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, s per step", *names, "limit: ideal"]
+def _model_times(section: Section, base: str, limit: bool) -> str:
+    names = _arm_names(section, leave_out=base)
+    header = ["model", "adapter", "dtype", f"{base}, s per step", *names, *(["limit: ideal"] if limit else [])]
     rows = []
     for record in section["train_info"]["cases"]:
         limits = record.get("limits")
-        rows.append(
-            [
-                *_model_label(record["case"]),
-                _cell(record, model_arms.FROZEN, lambda arm: f"{arm['median_s']:.3f}"),
-                *[_cell(record, name, lambda arm: _ratio(arm, model_arms.FROZEN)) for name in names],
-                f"{limits['ideal_ratio']:.3f}" if limits else NOT_MEASURED,
-            ]
-        )
+        row = [
+            *_model_label(record["case"]),
+            _cell(record, base, lambda arm: f"{arm['median_s']:.3f}"),
+            *[_cell(record, name, lambda arm: _ratio(arm, base)) for name in names],
+        ]
+        rows.append([*row, f"{limits['ideal_ratio']:.3f}" if limits else NOT_MEASURED] if limit else row)
     return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
 
 
+def model_time(section: Section) -> str:
+    """Time per training step, relative to the frozen model."""
+    return _model_times(section, model_arms.FROZEN, limit=True)
+
+
+def model_time_to_lora(section: Section) -> str:
+    """Time per training step, relative to PEFT LoRA's."""
+    return _model_times(section, s2ft_arms.LORA, limit=False)
+
+
 def model_memory(section: Section) -> str:
-    """MB that an adapter adds to the frozen model's peak: resident memory / tensors, and as a share of PEFT's."""
+    """MB that an adapter adds to the frozen model's peak: resident memory (CPU) / tensors, and as a share of PEFT's."""
     names = _arm_names(section, leave_out=model_arms.FROZEN)
     header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, peak MB", *names]
 
@@ -137,14 +145,14 @@ def model_memory(section: Section) -> str:
         taken = arm.get("memory", {})
         if "tensor_bytes" not in taken:
             return str(taken.get("status", NOT_MEASURED))
-        return " / ".join(_megabytes(taken[key]) for key in ("resident_bytes", "tensor_bytes"))
+        return " / ".join(_megabytes(taken[key]) for key in _PEAKS if key in taken)
 
     def added(arm: dict[str, Any]) -> str:
         taken = arm.get("memory", {})
         more = taken.get("added")
         if more is None:
             return str(taken.get("status", NOT_MEASURED))
-        text = " / ".join(f"{more[key] / 1e6:+.1f}" for key in ("resident_bytes", "tensor_bytes"))
+        text = " / ".join(f"{more[key] / 1e6:+.1f}" for key in _PEAKS if key in more)
         shares = more.get("relative_to_peft")
         if shares is None:
             return text
@@ -198,7 +206,9 @@ def s2ft_operations(section: Section) -> str:
         ours = _cell(record, s2ft.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
         limits = record.get("limits", {}).get("times_faster", {})
         arms = record.get("arms", {})
-        bases = [base for base in s2ft.BASES[record["case"]["operation"]] if base in arms or len(arms) < 2]
+        case = record["case"]
+        compared = s2ft.bases(case["operation"], case["dim"], case.get("r"))
+        bases = [base for base in compared if base in arms or len(arms) < 2]
         for base in bases:
 
             def faster(arm: dict[str, Any], base: str = base) -> str:

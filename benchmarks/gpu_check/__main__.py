@@ -25,9 +25,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--record", type=Path, metavar="DIRECTORY", help="take a finished run's kernels into the record"
     )
+    parser.add_argument("--benchmarks", action="store_true", help="all of the time for the benchmark suite")
     arguments = parser.parse_args(argv)
     if arguments.record is not None:
         return record.record(arguments.record)
+    if arguments.benchmarks:
+        return plan.benchmarks(Path(os.environ.get("OUT") or "gpu-bench"), arguments.seconds)
     return plan.check(Path(os.environ.get("OUT") or "gpu-check"), arguments.seconds)
 
 

@@ -1,8 +1,9 @@
 """The steps, in the order of what matters most when time runs out.
 
 Tests of the kernels and of the layer; the operators against the reference, which names every kernel that ran; the
-`gpu` benchmark suite and its tests; the kernel tests under each tool of compute-sanitizer; counters of the slowest
-kernels of a layer.
+tests of the `gpu` benchmark suite and its sections, each a step; the kernel tests under each tool of compute-sanitizer;
+counters of the slowest kernels of a layer. The sections have but the first of their cases' time there: the second plan
+gives them all of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +27,68 @@ SHARES = {
     "tests": 120.0,
     "verify": 60.0,
     "benchmark-tests": 20.0,
-    "benchmarks": 130.0,
+    "benchmark-lora_layer": 40.0,
+    "benchmark-s2ft_model": 45.0,
+    "benchmark-s2ft": 15.0,
+    "benchmark-sparse_delta_model": 10.0,
+    "benchmark-sparse_delta": 10.0,
+    "benchmark-call_overhead": 10.0,
     "coverage": 20.0,
     **{f"sanitizer-{tool}": 35.0 for tool in sanitizer.TOOLS},
     "layer": 15.0,
     "counters": 35.0,
 }
 """Seconds of each step; `steps.py` says what becomes of those that a step does not need."""
+BENCHMARK_SHARES = {
+    "benchmark-s2ft_model": 95.0,
+    "benchmark-lora_layer": 140.0,
+    "benchmark-s2ft": 100.0,
+    "benchmark-sparse_delta_model": 60.0,
+    "benchmark-sparse_delta": 45.0,
+    "benchmark-call_overhead": 20.0,
+    "benchmark-delta_algebra": 80.0,
+}
+"""The same of the benchmarks by themselves."""
+_PREFIX = "benchmark-"
+_LAST_CASE_SECONDS = {
+    "lora_layer": 15.0,
+    "s2ft_model": 35.0,
+    "s2ft": 8.0,
+    "sparse_delta_model": 25.0,
+    "sparse_delta": 8.0,
+    "call_overhead": 8.0,
+    "delta_algebra": 25.0,
+}
+"""What a section's case may take, estimated: none begins later than that before the end, so that it gets written."""
+_FIRST_CASE_SECONDS = 3.0
+"""Any section may begin one."""
 SLOWEST = 4
 """How many kernels have their counters read."""
 _ATTEMPTS = 3
+Part = Callable[[Runner, Summary, Path], None]
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 
 
 def check(output: Path, seconds: float = TOTAL_SECONDS) -> int:
     """Runs every step and writes the summary after each; returns the exit status, 1 when any step failed."""
+    parts = (_tests, _verify, _benchmark_tests, _benchmarks, _coverage, _sanitizer, _layer, _counters)
+    return _run(output, seconds, SHARES, parts)
+
+
+def benchmarks(output: Path, seconds: float = TOTAL_SECONDS) -> int:
+    """The same for the sections of the `gpu` suite by themselves."""
+    return _run(output, seconds, BENCHMARK_SHARES, (_benchmarks,))
+
+
+def _run(output: Path, seconds: float, shares: dict[str, float], parts: Sequence[Part]) -> int:
     if not torch.cuda.is_available():
         print(f"gpu-check needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 1
     output.mkdir(parents=True, exist_ok=True)
     log = output / "log.txt"
     log.write_text("")
-    runner, summary = Runner(log, seconds, SHARES), Summary(_environment())
-    for part in (_tests, _verify, _benchmarks, _coverage, _sanitizer, _layer, _counters):
+    runner, summary = Runner(log, seconds, shares), Summary(_environment())
+    for part in parts:
         part(runner, summary, output)
         summary.write(output)
     print(summary.markdown())
@@ -96,15 +137,23 @@ def _verify(runner: Runner, summary: Summary, output: Path) -> None:
     summary.kernels = found.get("kernels", [])
 
 
-def _benchmarks(runner: Runner, summary: Summary, output: Path) -> None:
+def _benchmark_tests(runner: Runner, summary: Summary, output: Path) -> None:
     # Tests of what measures: they take times themselves, and so have the GPU for themselves.
     (ended,) = runner.run("benchmark-tests", [Command("benchmark-tests", (*_PYTEST, "tests/benchmarks"))])
     summary.add(ended.step())
-    # The suite is told to begin no case near the end, so that what it has measured gets written.
-    limit = max(0.0, runner.limit("benchmarks") - 30.0)
+
+
+def _benchmarks(runner: Runner, summary: Summary, output: Path) -> None:
+    # One process for each section: a kernel that fails can take all that follows in its process with it.
     suite = (sys.executable, "-m", "benchmarks", "--suite", "gpu", "--output", str(output / "results"))
-    (ended,) = runner.run("benchmarks", [Command("benchmarks", (*suite, "--time-limit", f"{limit:.0f}"))])
-    summary.add(ended.step())
+    for step in runner.steps:
+        if not step.startswith(_PREFIX) or (section := step.removeprefix(_PREFIX)) not in _LAST_CASE_SECONDS:
+            continue
+        limit = max(_FIRST_CASE_SECONDS, runner.limit(step) - _LAST_CASE_SECONDS[section])
+        command = Command(step, (*suite, "--only", section, "--time-limit", f"{limit:.0f}"))
+        (ended,) = runner.run(step, [command])
+        summary.add(ended.step())
+        summary.write(output)
 
 
 def _coverage(runner: Runner, summary: Summary, output: Path) -> None:

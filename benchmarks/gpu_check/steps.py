@@ -95,6 +95,11 @@ class Runner:
         scale = seconds / sum(shares.values())
         self._shares = {name: share * scale for name, share in shares.items()}
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that have a share, in order."""
+        return tuple(self._shares)
+
     def limit(self, name: str) -> float:
         """The seconds that step `name` may take from now on."""
         names = list(self._shares)

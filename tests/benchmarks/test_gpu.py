@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import calls, harness, lora, memory, metadata, peers
+from benchmarks import calls, harness, lora, memory, metadata, model, operations, peers, s2ft, sparse_delta
+from benchmarks.cases import Progress
 from benchmarks.harness import Arm, Plan, interleave
-from benchmarks.suites import CallCase, LayerCase, Suite
+from benchmarks.suites import BF16, CallCase, LayerCase, S2FTCase, S2FTModelCase, SparseCase, Suite
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -50,3 +51,35 @@ def test_a_layer_and_a_call_are_measured() -> None:
     times = calls.measure(call, suite(layer, call))["arms"]
     assert all(arm["median_s"] > 0 for arm in times.values())
     assert metadata.system(DEVICE)["gpu"]["name"]
+
+
+def test_slices_sparse_deltas_and_a_model_are_measured() -> None:
+    """That they run: whether kernels without a record are right is a matter of other tests."""
+    slices = [S2FTCase(name, 128, 256, 192, 0.1, BF16) for name in ("gradient", "adamw", "swiglu")]
+    slices += [
+        S2FTCase("layer", 128, 256, 192, 0.1, BF16, r=8),
+        S2FTCase("switch", 0, 256, 192, 0.1, BF16, layers=2, r=8),
+    ]
+    some = Suite(
+        name="test",
+        device_type="cuda",
+        layers=(),
+        layer_plan=QUICK,
+        calls=(),
+        call_plan=QUICK,
+        s2ft=tuple(slices),
+        s2ft_plan=QUICK,
+        sparse=tuple(SparseCase(name, 128, 256, 192, 0.05, BF16) for name in ("write", "adamw", "gradient", "layer")),
+        sparse_plan=QUICK,
+        s2ft_models=(S2FTModelCase("random:llama-tiny", 2, 16, 0.1, 0.3, 4, BF16),),
+        model_plan=QUICK,
+        backends=("reference", "triton", "cuda"),
+        memory_of_model=True,
+    )
+    progress = Progress(lambda _: None, lambda _: None, lambda: 1.0)
+    for run in (s2ft.run, sparse_delta.run, model.run_s2ft):
+        for record in run(some, progress)["cases"]:
+            for name, arm in record["arms"].items():
+                assert arm["status"] in ("measured", "unavailable"), (record["case"], name, arm)
+                if name.startswith(operations.OURS) and arm["status"] == "measured":
+                    assert set(arm["backends"].values()) <= {"cuda", "triton", "reference"}

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.__main__ import BENCHMARKS, _wanted
 from benchmarks.gpu_check import plan, record, sanitizer, workloads
+from benchmarks.gpu_check.__main__ import main as gpu_check_main
 from benchmarks.gpu_check.steps import Command, Ended, Runner, Step
 from benchmarks.gpu_check.summary import Summary
+from benchmarks.gpu_suite import gpu
 
 from .test_gpu_check_tools import COUNTERS, MATMUL, PYTEST_LINE
 
@@ -76,13 +79,17 @@ class Fake:
     """Stands in for the runner: answers each command with what a test gives for its name, in the order of the calls."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
-        self.answers, self.ran = answers, []
+        self.answers, self.ran, self.shares = answers, [], plan.SHARES
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        return tuple(self.shares)
 
     def limit(self, name: str) -> float:
         return 100.0
 
     def run(self, name: str, commands: list[Command]) -> list[Ended]:
-        assert name in plan.SHARES
+        assert name in self.shares
         self.ran += [command.name for command in commands]
         for command in commands:
             if "benchmarks.gpu_check.workloads" in command.arguments and command.name != "counters":
@@ -128,12 +135,63 @@ def test_steps_run_in_the_order_of_what_matters(checked: tuple[int, Fake, Path])
     status, fake, _ = checked
     tests, after = fake.ran[:3], fake.ran[3:]
     assert tests == ["cuda-tests", "layer-tests", "triton-tests"]
-    assert after[:4] == ["verify", "benchmark-tests", "benchmarks", "coverage"]
-    assert after[4:8] == [f"sanitizer-{tool}" for tool in sanitizer.TOOLS]
-    assert after[8:] == ["layer", "counters", "counters"]
+    assert after[:4] == ["verify", "benchmark-tests", "benchmark-lora_layer", "benchmark-s2ft_model"]
+    assert after[4:9] == [
+        f"benchmark-{name}" for name in ("s2ft", "sparse_delta_model", "sparse_delta", "call_overhead")
+    ] + ["coverage"]
+    assert after[9:13] == [f"sanitizer-{tool}" for tool in sanitizer.TOOLS]
+    assert after[13:] == ["layer", "counters", "counters"]
     assert [name for name in plan.SHARES if name in fake.ran] == list(plan.SHARES)[1:]
     assert sum(plan.SHARES.values()) == plan.TOTAL_SECONDS
     assert status == 1  # racecheck
+
+
+@pytest.mark.parametrize("shares", [plan.SHARES, plan.BENCHMARK_SHARES], ids=["check", "benchmarks"])
+def test_every_section_of_the_suite_is_a_step_with_a_limit_of_its_own(shares: dict[str, float]) -> None:
+    sections = [name.removeprefix(plan._PREFIX) for name in shares if name.startswith(plan._PREFIX)]
+    sections = [name for name in sections if name != "tests"]
+    wanted = _wanted(gpu(), list(BENCHMARKS))
+    assert set(sections) == set(wanted) - (set() if shares is plan.BENCHMARK_SHARES else {"delta_algebra"})
+    assert set(plan._LAST_CASE_SECONDS) == set(wanted)
+    assert all(plan.BENCHMARK_SHARES[f"benchmark-{name}"] > 1.5 * plan._LAST_CASE_SECONDS[name] for name in wanted)
+
+
+class FailingSection(Fake):
+    """A runner under which one section ends with an error and one at its time limit."""
+
+    def run(self, name: str, commands: list[Command]) -> list[Ended]:
+        self.ran += [" ".join(commands[0].arguments)]
+        code = {"benchmark-s2ft_model": -11, "benchmark-s2ft": None}.get(name, 0)
+        return [Ended(commands[0], code, 1.0, 100.0)]
+
+
+def test_a_section_that_fails_or_hangs_leaves_the_others_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FailingSection({})
+    fake.shares = plan.BENCHMARK_SHARES
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan, "_environment", lambda: dict(ENVIRONMENT))
+    monkeypatch.setattr(plan, "Runner", lambda *_: fake)
+    assert plan.benchmarks(tmp_path) == 1
+    steps = {step["name"]: step["status"] for step in json.loads((tmp_path / "summary.json").read_text())["steps"]}
+    assert list(steps) == list(plan.BENCHMARK_SHARES)
+    assert (steps.pop("benchmark-s2ft_model"), steps.pop("benchmark-s2ft")) == ("failed", "timed out")
+    assert set(steps.values()) == {"passed"}
+    assert sum(plan.BENCHMARK_SHARES.values()) == plan.TOTAL_SECONDS
+    assert "--only s2ft_model --time-limit 65" in fake.ran[0]  # 35 of its 100 seconds are the last case's
+    assert f"--output {tmp_path / 'results'}" in fake.ran[0]
+
+
+def test_the_command_line_chooses_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, Path]] = []
+    for name in ("check", "benchmarks"):
+        monkeypatch.setattr(plan, name, lambda output, seconds, name=name: called.append((name, output)) or 0)
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu_check_main([]) == gpu_check_main(["--benchmarks"]) == 0
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check_main(["--benchmarks"]) == 0
+    assert called == [("check", Path("gpu-check")), ("benchmarks", Path("gpu-bench")), ("benchmarks", tmp_path)]
 
 
 def test_the_summary_says_what_ran_and_how_it_went(checked: tuple[int, Fake, Path]) -> None:
