@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 from peft_kernels import backends
-from peft_kernels.nn.s2ft import random_channels
+from peft_kernels.nn.s2ft_layer import random_channels
 
 from . import lora, operations, peers, s2ft_limits, s2ft_switch
 from .cases import Progress, Record, run_cases

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 from peft_kernels.channels import Slice
-from peft_kernels.nn.s2ft import random_channels
+from peft_kernels.nn.s2ft_layer import random_channels
 from peft_kernels.slices import SliceAdapter, SliceUpdate, Switch
 
 from .operations import OURS, Run, Work, attempt, require_equal, turn

@@ -130,7 +130,9 @@ def _adapter_of(model: nn.Module) -> tuple[Injection, Family, dict[str, AdapterL
     injection = injection_of(model)
     if injection is None:
         if not layers:
-            raise ValueError("model has no adapter: neither LoRALinear, SparseDeltaLinear, S2FTLinear nor PEFT layers")
+            raise ValueError(
+                "model has no adapter: neither LoRALinear, SparseDeltaLinear, S2FTLinear, S2FTConv1D nor PEFT layers"
+            )
         if "" in layers:
             name = type(layers[""]).__name__
             raise ValueError(f"model is itself a {name}; put it into a module, so that it has a path to be saved under")

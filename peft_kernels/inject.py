@@ -40,12 +40,13 @@ def inject(
     """Replaces the linear layers that `config` names by the family's drop-in, in place; freezes everything else.
 
     `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`, `S2FTConfig`
-    `nn.S2FTLinear`. Weights are shared, not copied. What trains afterwards: the adapters, the biases that `config.bias`
-    says, and the modules in `config.modules_to_save` (in place; unlike PEFT no second copy is kept). A parameter shared
-    between such a module and another one is copied first, so that the other one stays frozen; the report notes it. A
-    linear layer whose weight is tied to another module's may get LoRA, which leaves the weight as it is; the others it
-    may not. A model that is already gradient checkpointing gets `enable_input_require_grads()`, as PEFT does; call it
-    yourself when you switch reentrant checkpointing on later.
+    `nn.S2FTLinear`, and `nn.S2FTConv1D` in the place of transformers' `Conv1D`, which the others refuse. Weights are
+    shared, not copied. What trains afterwards: the adapters, the biases that `config.bias` says, and the modules in
+    `config.modules_to_save` (in place; unlike PEFT no second copy is kept). A parameter shared between such a module
+    and another one is copied first, so that the other one stays frozen; the report notes it. A linear layer whose
+    weight is tied to another module's may get LoRA, which leaves the weight as it is; the others it may not. A model
+    that is already gradient checkpointing gets `enable_input_require_grads()`, as PEFT does; call it yourself when you
+    switch reentrant checkpointing on later.
 
     Args:
         model: any module; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
@@ -128,7 +129,7 @@ def _trained_beside(model: nn.Module, plan: Plan) -> Iterator[nn.Parameter]:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Puts an `nn.Linear` back in the place of every adapter layer, and undoes what `inject` froze.
+    """Puts the plain layer back in the place of every adapter layer, and undoes what `inject` froze.
 
     Biases and modules_to_save that were trained keep their trained values.
 
@@ -184,8 +185,8 @@ def _present(model: nn.Module) -> dict[str, AdapterLayer]:
     layers = adapter_layers(model)
     if not layers:
         raise ValueError(
-            "model has no LoRALinear, SparseDeltaLinear or S2FTLinear layers; for PEFT's own layers use PEFT's "
-            "merge_adapter, unmerge_adapter, merge_and_unload"
+            "model has no LoRALinear, SparseDeltaLinear, S2FTLinear or S2FTConv1D layers; for PEFT's own layers use "
+            "PEFT's merge_adapter, unmerge_adapter, merge_and_unload"
         )
     return layers
 

@@ -16,7 +16,7 @@ class SparseAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW`, a kernel per parameter; deltas and slices are written into their weight as well.
 
     Those are the values of a `SparseDeltaLinear` or a `RoSALinear`, those of PEFT's SHiRA layers after `accelerate`,
-    and the trainable slices of an `S2FTLinear`.
+    and the trainable slices of an `S2FTLinear` or `S2FTConv1D`.
 
     Takes any parameters: those that are not deltas get the same step without the write-back. State and its names are
     torch's (`step`, `exp_avg`, `exp_avg_sq`), so a state_dict of either loads into the other; a state_dict with the

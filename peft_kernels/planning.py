@@ -121,7 +121,7 @@ def plan_injection(model: nn.Module, config: Any, choices: Choices) -> Plan:
     saved = _modules_to_save(config, modules)
     holders = paths_of(modules)
     chosen, rows, notes = _choose(model, config, family, modules, holders)
-    linears = {path: module for path in chosen if isinstance(module := modules[path], nn.Linear)}
+    linears = {path: modules[path] for path in chosen}
     parameters = model.named_parameters(remove_duplicate=False)
     before = frozenset(name for name, parameter in parameters if parameter.requires_grad)
     untied, untied_notes = _untied(model, saved)
@@ -192,7 +192,7 @@ def _choose(
     refused: list[str] = []
     for paths in holders.values():
         module = modules[paths[0]]
-        linear = isinstance(module, nn.Linear)
+        linear = family.adapts(module)
         if everything and not linear:
             continue
         verdicts = [(path, _not_named(config, path, module is output)) for path in paths]
@@ -228,7 +228,7 @@ def _obstacle(
 ) -> str | None:
     """Why the module at `path` cannot be replaced; None when it can."""
     if not path:
-        return f"it is the whole model; use nn.{family.layer_type.__name__}.from_linear"
+        return f"it is the whole model; use nn.{family.drop_in(modules[path]).__name__}.from_linear"
     parent = modules[path.rpartition(".")[0]]
     weight = modules[path]._parameters.get("weight")
     shared = weight is not None and len(owners[memory_of(weight)]) > 1

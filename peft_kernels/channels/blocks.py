@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .layers import is_transposed, layer_obstacle, sizes_of
+from ..nn.linear import is_transposed
+from .layers import layer_obstacle, sizes_of
 from .units import Attention, Mlp, Span
 
 _QUERY = ("q_proj", "query", "wq", "q")

@@ -10,14 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..nn.linear import type_name, weight_obstacle
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer computes `x weight + bias` with `weight [K, N]`, as `Conv1D` of transformers does."""
-    weight = layer._parameters.get("weight")
-    sizes = (getattr(layer, "nx", None), getattr(layer, "nf", None))
-    return not isinstance(layer, nn.Linear) and weight is not None and tuple(weight.shape) == sizes
+from ..nn.linear import is_transposed, type_name, weight_obstacle
 
 
 def layer_obstacle(layer: nn.Module) -> str | None:

@@ -15,7 +15,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .layers import is_transposed, layer_obstacle, shared_parameters, sizes_of
+from ..nn.linear import is_transposed
+from .layers import layer_obstacle, shared_parameters, sizes_of
 from .orders import LayerOrder, head_order, layer_orders, order_of
 from .slices import Slice
 from .structure import Structure, find_structure

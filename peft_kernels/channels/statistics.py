@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import is_transposed, squared_norms
+from ..nn.linear import is_transposed
+from .layers import squared_norms
 from .state import borrowed
 from .structure import Structure, find_structure
 from .units import ROLES, Dim

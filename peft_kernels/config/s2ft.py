@@ -14,7 +14,8 @@ DEFAULT_RATIOS = {"o": 0.05, "down": 0.03}
 
 @dataclass
 class S2FTConfig(AdapterConfig):
-    """Slices of the linear layers of a model: whole heads of attention, channels of MLPs.
+    """Slices of the linear layers of a model, whole heads of attention and channels of MLPs: of `nn.Linear`, and of
+    transformers' `Conv1D`, whose channels are counted as if its weight were W `[N, K]` too.
 
     Two ways to say what trains. `ratios` goes by the parts that layers play in a transformer, found by structure:
     heads are chosen as a whole, and with `co_permute` together with their key-value head. `target_modules` with `ratio`

@@ -28,7 +28,7 @@ class AdapterLayer(Protocol):
 
     def unmerge(self) -> None: ...
 
-    def to_linear(self, merge: bool) -> nn.Linear: ...
+    def to_linear(self, merge: bool) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Family(ABC):
     Attributes:
         name: as the package's files are named.
         config_type: its configuration.
-        layer_type: its drop-in for `nn.Linear`.
+        layer_type: its drop-in for `nn.Linear`, the first of those it has.
         layer_types: all its drop-ins.
     """
 
@@ -93,6 +93,14 @@ class Family(ABC):
             shared: whether another module of the model has the same weight.
         """
 
+    def adapts(self, module: nn.Module) -> bool:
+        """Whether this module is of a kind that the family has a drop-in for, whatever may be in the way."""
+        return isinstance(module, nn.Linear)
+
+    def drop_in(self, module: nn.Module) -> Any:
+        """The class of the drop-in for this module."""
+        return self.layer_type
+
     def resolved(self, model: nn.Module, config: Any) -> Any:
         """The configuration with what it leaves to the model's structure spelled out."""
         return config
@@ -102,7 +110,7 @@ class Family(ABC):
         return False
 
     @abstractmethod
-    def build(self, model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], choices: Choices) -> Built:
+    def build(self, model: nn.Module, config: Any, linears: Mapping[str, Any], choices: Choices) -> Built:
         """The drop-ins over these layers; the layers are not changed, but perhaps permuted, by a configuration that
         asks for it. Raises before anything is.
 

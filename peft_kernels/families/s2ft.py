@@ -1,4 +1,8 @@
-"""S2FT as a family: slices of weights by channels, in files that name the channels of the model as it was loaded."""
+"""S2FT as a family: slices of weights by channels, in files that name the channels of the model as it was loaded.
+
+However a layer keeps its weight, a file holds the slice as it lies in W `[N, K]`: `[N, s]` for input channels, `[s, K]`
+for output channels.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ from torch import Tensor, nn
 from .. import channels, ops, targets
 from ..adapter_files import KEY_PREFIX, AdapterFiles
 from ..channels import Permutation, Slice, Structure
+from ..channels.layers import sizes_of, weight_of
 from ..config import S2FTConfig
-from ..nn.linear import takeover_obstacle
-from ..nn.merged_linear import contiguity_obstacle
-from ..nn.s2ft import S2FTLinear, number_of_channels, random_channels
+from ..nn.linear import is_transposed
+from ..nn.s2ft import S2FTLinear
+from ..nn.s2ft_conv1d import S2FTConv1D
+from ..nn.s2ft_layer import S2FTLayer, number_of_channels, random_channels
 from ..nn.swiglu_mlp import swiglu_obstacle
 from .base import Built, Choices, Family
 
@@ -32,6 +38,16 @@ class _S2FT(Family):
     name = "s2ft"
     config_type = S2FTConfig
     layer_type = S2FTLinear
+
+    @property
+    def layer_types(self) -> tuple[type[nn.Module], ...]:
+        return (S2FTLinear, S2FTConv1D)
+
+    def adapts(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or is_transposed(module)
+
+    def drop_in(self, module: nn.Module) -> type[S2FTLayer]:
+        return S2FTConv1D if is_transposed(module) else S2FTLinear
 
     def resolved(self, model: nn.Module, config: S2FTConfig) -> S2FTConfig:
         """With the layers that the roles mean as target_modules, unless those are given."""
@@ -54,12 +70,12 @@ class _S2FT(Family):
         return config.selection in _BY_DATA
 
     def obstacle(self, linear: nn.Module, shared: bool) -> str | None:
-        reason = takeover_obstacle(linear) or contiguity_obstacle(linear)
+        reason = self.drop_in(linear).obstacle(linear)
         if reason is None and shared:
             return "its weight is another module's too, which a slice in it would change as well"
         return reason
 
-    def build(self, model: nn.Module, config: S2FTConfig, linears: Mapping[str, nn.Linear], choices: Choices) -> Built:
+    def build(self, model: nn.Module, config: S2FTConfig, linears: Mapping[str, nn.Module], choices: Choices) -> Built:
         slices = _given(linears, choices.positions) if choices.positions is not None else None
         if slices is None and config.ratios is None:
             generator = choices.generator if config.seed is None else torch.Generator().manual_seed(config.seed)
@@ -74,7 +90,7 @@ class _S2FT(Family):
         try:
             _check_trained_beside(model, config, permutation)
             layers = {
-                path: S2FTLinear.over(
+                path: self.drop_in(linears[path]).over(
                     linears[path],
                     part.indices.to(linears[path].weight.device),
                     part.dim,
@@ -95,19 +111,19 @@ class _S2FT(Family):
             raise
         return Built(layers, permutation, mlps, notes)
 
-    def parameters(self, layer: S2FTLinear) -> tuple[nn.Parameter, ...]:
+    def parameters(self, layer: S2FTLayer) -> tuple[nn.Parameter, ...]:
         return (layer.trainable,)
 
-    def tensors(self, path: str, layer: S2FTLinear) -> dict[str, Tensor]:
+    def tensors(self, path: str, layer: S2FTLayer) -> dict[str, Tensor]:
         indices, trainable = layer.indices, layer.trainable
         if layer.order is not None:  # in the order that the channels had when the model was loaded
             indices, places = layer.order.to(indices.device)[indices].sort()
             gather = getattr(trainable, "full_tensor", None)  # of a sharded one, for which every rank takes part
             whole = trainable if gather is None else gather()
             trainable = whole.detach().index_select(layer.axis, places)
-        return {f"{path}.{TRAINABLE}": trainable, f"{path}.{INDICES[layer.dim]}": indices}
+        return {f"{path}.{TRAINABLE}": layer.oriented(trainable), f"{path}.{INDICES[layer.dim]}": indices}
 
-    def described(self, layers: Mapping[str, S2FTLinear], every_path: Collection[str]) -> S2FTConfig:
+    def described(self, layers: Mapping[str, S2FTLayer], every_path: Collection[str]) -> S2FTConfig:
         shares = [layer.num_channels / max(1, layer.channels) for layer in layers.values()]
         return S2FTConfig(
             ratio=max([*shares, 1e-6]),
@@ -129,45 +145,47 @@ class _S2FT(Family):
                         raise ValueError(f"{path} in {files.directory}: {error}") from None
         return found
 
-    def check_function(self, config: S2FTConfig, layers: Mapping[str, S2FTLinear], files: AdapterFiles) -> None:
+    def check_function(self, config: S2FTConfig, layers: Mapping[str, S2FTLayer], files: AdapterFiles) -> None:
         for path, part in self.positions_in(files).items():
             try:
                 ops.check_channels(part.indices, layers[path].channels)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} in {files.directory}: {error}") from None
 
-    def load(self, path: str, layer: S2FTLinear, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, path: str, layer: S2FTLayer, tensors: Mapping[str, Tensor]) -> None:
         device = layer.weight.device
         indices = tensors[f"{KEY_PREFIX}{path}.{INDICES[layer.dim]}"].to(device)
-        trainable = tensors[f"{KEY_PREFIX}{path}.{TRAINABLE}"].to(device)
+        trainable = layer.oriented(tensors[f"{KEY_PREFIX}{path}.{TRAINABLE}"].to(device))
         if layer.order is not None:
             indices, places = layer.order.to(device).argsort()[indices].sort()
             trainable = trainable.index_select(layer.axis, places)
         layer.set_slice(indices, trainable)
 
 
-def _given(linears: Mapping[str, nn.Linear], positions: Mapping[str, Any]) -> dict[str, Slice]:
+def _given(linears: Mapping[str, nn.Module], positions: Mapping[str, Any]) -> dict[str, Slice]:
     """The slices that `inject` was given, or that a file names."""
     for path, part in positions.items():
         if not isinstance(part, Slice):
             raise TypeError(f"positions must be channels.Slice objects, got {type(part).__name__} for {path}")
         if path not in linears:
             raise ValueError(f"positions must be given for adapted layers only: {path}")
-        linear = linears[path]
+        outputs, inputs = sizes_of(linears[path])
         try:
-            ops.check_channels(part.indices, linear.in_features if part.dim == "input" else linear.out_features)
+            ops.check_channels(part.indices, inputs if part.dim == "input" else outputs)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
     return dict(positions)
 
 
-def _channels_of(linear: nn.Linear, config: S2FTConfig, generator: torch.Generator | None) -> Slice:
+def _channels_of(linear: nn.Module, config: S2FTConfig, generator: torch.Generator | None) -> Slice:
     """A share of one layer's channels, whatever part it plays."""
-    axis, total = (1, linear.in_features) if config.dim == "input" else (0, linear.out_features)
+    axis = 1 if config.dim == "input" else 0
+    weight = weight_of(linear)
+    total = weight.shape[axis]
     count = number_of_channels(total, config.ratio, None)
     if config.selection == "random":
         return Slice(random_channels(total, count, generator), config.dim)
-    norms = torch.linalg.vector_norm(linear.weight.detach().float(), dim=1 - axis)
+    norms = torch.linalg.vector_norm(weight.float(), dim=1 - axis)
     order = norms.sort(stable=True, descending=config.largest).indices
     return Slice(order[:count].sort().values.cpu(), config.dim)
 
@@ -192,7 +210,7 @@ def _structure(model: nn.Module, config: S2FTConfig) -> tuple[Structure, tuple[s
 def _selected(
     model: nn.Module,
     config: S2FTConfig,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     choices: Choices,
     structure: Structure,
 ) -> dict[str, Slice]:
@@ -225,7 +243,7 @@ def _selected(
 
 
 def _swiglu_mlps(
-    model: nn.Module, layers: Mapping[str, S2FTLinear], structure: Structure
+    model: nn.Module, layers: Mapping[str, S2FTLayer], structure: Structure
 ) -> tuple[dict[str, tuple[str, str, str]], tuple[str, ...]]:
     """The MLPs whose activation can write what their last layer trains, and why others cannot."""
     found: dict[str, tuple[str, str, str]] = {}
@@ -265,7 +283,7 @@ def _check_trained_beside(model: nn.Module, config: S2FTConfig, permutation: Per
             raise ValueError(f"co_permute moves channels of {path}, and {option} trains it beside its slice; give one")
 
 
-def _order_of(permutation: Permutation | None, path: str, layer: S2FTLinear) -> Tensor | None:
+def _order_of(permutation: Permutation | None, path: str, layer: S2FTLayer) -> Tensor | None:
     """By a channel's place, its number in the model as it was loaded; None where nothing has moved."""
     order = None if permutation is None else permutation.orders.get(path)
     if order is None:

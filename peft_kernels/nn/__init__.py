@@ -4,7 +4,16 @@ from .lora import LoRALinear
 from .quantized_sparse_delta import QuantizedSparseDeltaLinear
 from .rosa import RoSALinear
 from .s2ft import S2FTLinear
+from .s2ft_conv1d import S2FTConv1D
 from .sparse_delta import SparseDeltaLinear
 from .swiglu_mlp import SwiGLUMLP
 
-__all__ = ["LoRALinear", "QuantizedSparseDeltaLinear", "RoSALinear", "S2FTLinear", "SparseDeltaLinear", "SwiGLUMLP"]
+__all__ = [
+    "LoRALinear",
+    "QuantizedSparseDeltaLinear",
+    "RoSALinear",
+    "S2FTConv1D",
+    "S2FTLinear",
+    "SparseDeltaLinear",
+    "SwiGLUMLP",
+]

@@ -1,4 +1,4 @@
-"""What of an `nn.Linear` a drop-in can take over, and the taking over itself."""
+"""What of a linear layer a drop-in can take over, and the taking over itself."""
 
 from __future__ import annotations
 
@@ -56,17 +56,34 @@ def replaced_call(module: nn.Module) -> str | None:
     return None
 
 
-def takeover_obstacle(linear: nn.Module) -> str | None:
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer computes `x weight + bias` with `weight [K, N]`, as `Conv1D` of transformers does."""
+    weight = layer._parameters.get("weight")
+    sizes = (getattr(layer, "nx", None), getattr(layer, "nf", None))
+    return not isinstance(layer, nn.Linear) and weight is not None and tuple(weight.shape) == sizes
+
+
+def is_plain(layer: nn.Module | None) -> bool:
+    """Whether the layer is an `nn.Linear` proper or a `Conv1D`, and nothing made of one."""
+    conv1d = layer is not None and type(layer).__name__ == "Conv1D" and is_transposed(layer)
+    return type(layer) is nn.Linear or conv1d
+
+
+def takeover_obstacle(linear: nn.Module, transposed: bool = False) -> str | None:
     """Why a drop-in cannot take the place of this module; None when it can.
 
     Forward and backward hooks are no obstacle: the drop-in carries them, and their handles keep working.
+
+    Args:
+        linear: any module.
+        transposed: whether the drop-in is one for `Conv1D`, and not for `nn.Linear`.
     """
-    if not isinstance(linear, nn.Linear):
-        return f"it is a {type_name(linear)}, not an nn.Linear"
+    if not (is_transposed(linear) if transposed else isinstance(linear, nn.Linear)):
+        return f"it is a {type_name(linear)}, not {'a Conv1D' if transposed else 'an nn.Linear'}"
     reason = weight_obstacle(linear)
     if reason is not None:
         return reason
-    if type(linear) is not nn.Linear:
+    if not is_plain(linear):
         return f"it is a {type_name(linear)}, whose own forward would be lost"
     reason = replaced_call(linear)
     if reason is not None:

@@ -34,14 +34,16 @@ def contiguity_obstacle(linear: nn.Module) -> str | None:
     return None
 
 
-class MergedLinear(nn.Linear):
-    """A linear layer whose frozen `weight` holds what trains, at `indices`, written whenever that has changed.
+class MergedWeight(nn.Module):
+    """A linear layer whose frozen `weight`, however it lies, holds what trains, at `indices`, written whenever that has
+    changed.
 
     What the weight held there before is kept in `original`, so nothing accumulates, and taking the change out restores
     every bit. The layer writes before it computes; a change of what trains is seen by torch's own count of changes,
     and after a backward pass it is written anew in any case.
 
-    A subclass says which Parameter trains, how it is written and read, and calls `_begin` when all three are there.
+    A subclass says which Parameter trains, how it is written and read, and which plain layer it stands in for, and
+    calls `_begin` when weight, original and what trains are there.
 
     Attributes:
         indices: which part of weight trains.
@@ -56,7 +58,12 @@ class MergedLinear(nn.Linear):
     trained_name: ClassVar[str]
     """Name of the Parameter that trains."""
     adapter_state: ClassVar[tuple[str, ...]] = ("indices", "original", "merged", "_stamp", "_filled", "_taken_out")
-    """Names of all that a plain `nn.Linear` does not have."""
+    """Names of all that the plain layer does not have."""
+
+    @property
+    @abstractmethod
+    def plain_type(self) -> type[nn.Module]:
+        """The class of the plain layer in whose place this one is."""
 
     @abstractmethod
     def _write_into(self, weight: Tensor, restored: bool) -> None:
@@ -111,9 +118,10 @@ class MergedLinear(nn.Linear):
     def _write_before_use(self) -> bool:
         """Has weight hold what trains; returns whether weight may be gathered anew before backward."""
         if not self._filled and not self.weight.is_meta:
+            or_reset = ", or call reset_parameters" if hasattr(self, "reset_parameters") else ""
             raise RuntimeError(
-                f"{type(self).__name__} was made on the meta device and is not filled yet; load a state_dict into it, "
-                "or call reset_parameters"
+                f"{type(self).__name__} was made on the meta device and is not filled yet; load a state_dict into it"
+                + or_reset
             )
         if torch.compiler.is_compiling():  # torch's counts are not known to a traced function: it writes every time
             self._put()
@@ -173,8 +181,9 @@ class MergedLinear(nn.Linear):
         self.merged = False
         self.restore_weight()
 
-    def to_linear(self, merge: bool) -> nn.Linear:
-        """A plain `nn.Linear` in this layer's place, with its weight, bias, hooks, training flag and attributes.
+    def to_linear(self, merge: bool) -> nn.Module:
+        """The plain layer in this one's place, a `plain_type`, with its weight, bias, hooks, training flag and
+        attributes.
 
         Args:
             merge: True leaves the change in the weight; False takes it out, to the bit.
@@ -184,9 +193,9 @@ class MergedLinear(nn.Linear):
         else:
             self._restore()
         release(self.trained)  # an optimizer that still has it must not write into a weight that is no longer ours
-        return take_over(self, nn.Linear, without=(*self.adapter_state, self.trained_name))
+        return take_over(self, self.plain_type, without=(*self.adapter_state, self.trained_name))
 
-    def _apply(self, *args: Any, **kwargs: Any) -> MergedLinear:
+    def _apply(self, *args: Any, **kwargs: Any) -> MergedWeight:
         # In another dtype the rounding of the original weight is wanted, not that of one that was rounded before. What
         # was merged and has trained on since stays what was merged.
         rewritten = not self.merged or self._stamp.counts_agree(self.weight, self.trained)
@@ -259,6 +268,14 @@ class MergedLinear(nn.Linear):
                 self._after_reading()
         if self.merged:
             self.write()
+
+
+class MergedLinear(MergedWeight, nn.Linear):
+    """The same for `nn.Linear`."""
+
+    @property
+    def plain_type(self) -> type[nn.Module]:
+        return nn.Linear
 
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -17,6 +17,7 @@ from ..reference import s2ft as reference
 from ..reference.lora import as_rows
 from ._autocast import autocast_dtype
 from ._register import register_operator, triton_launchers
+from ._views import no_view
 from .sparse_delta import _FLOATING, _describe, _transforms_active, check_sorted
 
 DIMS = {"output": 0, "input": 1}
@@ -83,6 +84,8 @@ class S2FTLinearFunction(torch.autograd.Function):
     Saved for backward: at dim 1 `x[:, indices]` in memory of its own, at dim 0 x, either only while trainable trains;
     x also while weight does; weight, trainable and indices by reference.
 
+    Over a transposed weight, x and dy change places in the gradient of the slice, which comes as the slice lies.
+
     The columns that forward has gathered are a second output, which nobody uses but a second derivative: by it these
     columns, which backward multiplies with, are a function of x.
     """
@@ -98,6 +101,7 @@ class S2FTLinearFunction(torch.autograd.Function):
         x_slice: Tensor | None,
         dim: int,
         rewrite: bool,
+        transposed: bool,
         backend: str | None,
     ):
         need_weight, need_trainable = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
@@ -110,8 +114,8 @@ class S2FTLinearFunction(torch.autograd.Function):
         keep_x = need_weight or (need_trainable and dim == 0)
         ctx.save_for_backward(x if keep_x else None, x_slice, weight, trainable, indices)
         ctx.shape, ctx.device_type = x.shape, x.device.type
-        ctx.dim, ctx.rewrite, ctx.backend = dim, rewrite, backend
-        y = F.linear(x, weight, bias)
+        ctx.dim, ctx.rewrite, ctx.transposed, ctx.backend = dim, rewrite, transposed, backend
+        y = no_view(F.linear(x, weight.t() if transposed else weight, bias))
         if torch.compiler.is_compiling():  # where there are no second derivatives
             return y
         ctx.set_materialize_grads(False)
@@ -125,23 +129,35 @@ class S2FTLinearFunction(torch.autograd.Function):
         saved = x, x_slice, weight, trainable, indices = ctx.saved_tensors  # which checkpointing lets out once
         if ctx.rewrite:
             write = backends.kernel("slice_write_", ctx.device_type, weight.dtype, ctx.backend)
-            write(weight.detach(), indices, trainable.detach(), ctx.dim)
+            write(weight.detach(), indices, trainable.detach(), 1 - ctx.dim if ctx.transposed else ctx.dim)
         if grad_gathered is not None or grad_out is None or torch.is_grad_enabled():
             return _differentiable_backward(ctx, saved, grad_out, grad_gathered)
         need_x, need_weight, need_bias, need_trainable = ctx.needs_input_grad[:4]
         dy = as_rows(grad_out)
         dx = grad_weight = grad_bias = grad_trainable = None
         if need_x:
-            dx = grad_out @ weight
+            dx = grad_out @ (weight.t() if ctx.transposed else weight)
         if need_trainable:
-            slice_grad = backends.kernel("slice_grad", ctx.device_type, dy.dtype, ctx.backend)
-            rows, channels = (as_rows(x), indices) if ctx.dim == 0 else (as_rows(x_slice), None)
-            grad_trainable = slice_grad(dy, rows, channels, trainable.dtype)
+            kept = as_rows(x if ctx.dim == 0 else x_slice)
+            grad_trainable = _slice_grad(ctx, dy, kept, indices, trainable.dtype)
         if need_weight:
-            grad_weight = dy.t() @ as_rows(x)
+            grad_weight = as_rows(x).t() @ dy if ctx.transposed else dy.t() @ as_rows(x)
         if need_bias:
             grad_bias = dy.sum(0)
-        return dx, grad_weight, grad_bias, grad_trainable, None, None, None, None, None
+        return dx, grad_weight, grad_bias, grad_trainable, *_NO_GRADIENTS
+
+
+_NO_GRADIENTS = (None,) * 6  # for what follows trainable in the arguments of forward
+
+
+def _slice_grad(ctx, dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+    """The gradient of trainable, as it lies: x is what was kept, its columns at dim 1."""
+    slice_grad = backends.kernel("slice_grad", ctx.device_type, dy.dtype, ctx.backend)
+    if not ctx.transposed:
+        return slice_grad(dy, x, indices if ctx.dim == 0 else None, dtype)  # type: ignore[no-any-return]
+    if ctx.dim == 0:
+        dy = backends.kernel("gather_columns", ctx.device_type, dy.dtype, ctx.backend)(dy, indices)
+    return slice_grad(x, dy, None, dtype)  # type: ignore[no-any-return]
 
 
 def _differentiable_backward(  # type: ignore[no-untyped-def]
@@ -149,6 +165,8 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
 ):
     """The gradients of the reference, so that they can be differentiated again (create_graph=True)."""
     x, x_slice, weight, trainable, indices = saved
+    if ctx.transposed:
+        weight, trainable = weight.t(), trainable.t()
     need_x, need_weight, need_bias, need_trainable = ctx.needs_input_grad[:4]
     dx = grad_weight = grad_bias = grad_trainable = None
     if grad_out is not None:
@@ -162,10 +180,12 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
         if need_trainable:
             rows, channels = (as_rows(x), indices) if ctx.dim == 0 else (as_rows(x_slice), None)
             grad_trainable = reference.slice_grad(dy, rows, channels, trainable.dtype)
+    if ctx.transposed:
+        grad_weight, grad_trainable = (None if grad is None else grad.t() for grad in (grad_weight, grad_trainable))
     if need_x and grad_gathered is not None:
         columns = grad_gathered.new_zeros((grad_gathered.shape[0], ctx.shape[-1])).index_add(1, indices, grad_gathered)
         dx = columns.view(ctx.shape) if dx is None else dx + columns.view(ctx.shape)
-    return dx, grad_weight, grad_bias, grad_trainable, None, None, None, None, None
+    return dx, grad_weight, grad_bias, grad_trainable, *_NO_GRADIENTS
 
 
 def _check(
@@ -176,13 +196,15 @@ def _check(
     indices: Tensor,
     x_slice: Tensor | None,
     dim: str,
+    transposed: bool,
 ) -> None:
     """Raises before anything runs; every message names the argument, what was expected and what came."""
     if dim not in DIMS:
         raise ValueError(f"s2ft_linear: dim must be 'input' or 'output', got {dim!r}")
     if weight.dim() != 2:
-        raise ValueError(f"s2ft_linear: weight must be 2-D [out_features, in_features], got {_describe(weight)}")
-    out_features, in_features = weight.shape
+        sizes = "[in_features, out_features]" if transposed else "[out_features, in_features]"
+        raise ValueError(f"s2ft_linear: weight must be 2-D {sizes}, got {_describe(weight)}")
+    out_features, in_features = reversed(weight.shape) if transposed else weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"s2ft_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
     if x.dtype not in _FLOATING:
@@ -198,6 +220,8 @@ def _check(
         raise ValueError(f"s2ft_linear: indices must be 1-D, got {_describe(indices)}")
     count = indices.shape[0]
     shape = (count, in_features) if dim == "output" else (out_features, count)
+    if transposed:
+        shape = shape[::-1]
     if trainable.shape != shape:
         raise ValueError(
             f"s2ft_linear: trainable must be {list(shape)}, the slice of weight at indices along its {dim}, "
@@ -234,6 +258,7 @@ def s2ft_linear(
     *,
     x_slice: Tensor | None = None,
     rewrite: bool = False,
+    transposed: bool = False,
 ) -> Tensor:
     """`x weight^T + bias`, where `weight` holds trainable at `indices`; trainable gets that slice of weight's gradient.
 
@@ -254,6 +279,9 @@ def s2ft_linear(
             by all of x, these columns included. Second derivatives go through it to whatever made it.
         rewrite: backward writes trainable into weight again before it uses weight. Given where weight may have been
             gathered anew since forward (FSDP).
+        transposed: weight is `[K, N]`, as transformers' `Conv1D` keeps it, for `x weight + bias`, and trainable lies as
+            it does in there: `weight[indices, :] [s, N]` for `dim="input"`, `weight[:, indices] [K, s]` for
+            `dim="output"`. Both are used as they lie.
 
     Returns:
         `[..., N]` in x's dtype. Under autocast, x, x_slice, weight and bias are cast to the autocast dtype first.
@@ -277,16 +305,20 @@ def s2ft_linear(
             bias = None if bias is None else bias.to(dtype)
             x_slice = None if x_slice is None else x_slice.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return s2ft_linear(x, weight, bias, trainable, indices, dim, x_slice=x_slice, rewrite=rewrite)
-    _check(x, weight, bias, trainable, indices, x_slice, dim)
+            return s2ft_linear(
+                x, weight, bias, trainable, indices, dim, x_slice=x_slice, rewrite=rewrite, transposed=transposed
+            )
+    _check(x, weight, bias, trainable, indices, x_slice, dim, transposed)
     if not torch.is_grad_enabled():  # nothing is kept
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.t() if transposed else weight, bias)
     along, backend = DIMS[dim], backends.forced_backend()
     if torch.compiler.is_compiling():
         return S2FTLinearFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, weight, bias, trainable, indices, x_slice, along, rewrite, backend
+            x, weight, bias, trainable, indices, x_slice, along, rewrite, transposed, backend
         )
     if _transforms_active():
+        if transposed:
+            weight, trainable = weight.t(), trainable.t()
         return reference.s2ft_linear(x, weight, bias, trainable, indices, along)
-    y, _ = _apply(x, weight, bias, trainable, indices, x_slice, along, rewrite, backend)
+    y, _ = _apply(x, weight, bias, trainable, indices, x_slice, along, rewrite, transposed, backend)
     return y  # type: ignore[no-any-return]

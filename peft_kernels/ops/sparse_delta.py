@@ -19,6 +19,7 @@ from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
 from ._autocast import autocast_dtype
 from ._register import register_operator, triton_launchers
+from ._views import no_view
 
 Observer = Callable[[Tensor, Tensor], None]
 """What may look at a layer's backward pass: it is called with grad_out `[M, N]` and x `[M, K]`."""
@@ -125,7 +126,7 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if keep_x else None, weight, values, indices, original)
         ctx.observer, ctx.backend = observer, backend
-        return F.linear(x, weight, bias)
+        return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
@@ -318,7 +319,7 @@ class QuantizedSparseDeltaLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices)
         ctx.dequantize, ctx.backend, ctx.dtype = dequantize, backend, x.dtype
-        return F.linear(x, _with_delta(dequantize(x.dtype), values, indices, backend), bias)
+        return no_view(F.linear(x, _with_delta(dequantize(x.dtype), values, indices, backend), bias))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

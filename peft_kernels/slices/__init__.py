@@ -15,11 +15,12 @@ from .adapter import SliceAdapter, SliceUpdate, take
 from .files import read
 from .fusion import fuse, overlap
 from .lora import from_lora, to_lora
-from .serving import Served, ServedLinear, serve
+from .serving import Served, ServedConv1D, ServedLinear, serve
 from .switching import Switch
 
 __all__ = [
     "Served",
+    "ServedConv1D",
     "ServedLinear",
     "SliceAdapter",
     "SliceUpdate",

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from ..adapter_files import KEY_PREFIX, check_finite, check_holds_only, read_adapter
+from ..channels.layers import sizes_of, weight_of
 from ..channels.slices import Slice
 from ..families.s2ft import INDICES, S2FT, TRAINABLE
 from ..planning import base_name, unwrapped
-from .adapter import SliceAdapter, SliceUpdate
+from .adapter import SliceAdapter, SliceUpdate, plain_layers
 
 
 @torch.no_grad()
 def read(directory: str | os.PathLike[str], model: nn.Module) -> SliceAdapter:
-    """The adapter in a directory that `save_adapter` wrote for a model with `nn.S2FTLinear` layers.
+    """The adapter in a directory that `save_adapter` wrote for a model with layers of S2FT.
 
     A file holds the trained slices themselves; what they change is their difference to the base model's.
 
@@ -44,21 +45,16 @@ def read(directory: str | os.PathLike[str], model: nn.Module) -> SliceAdapter:
     keys = [f"{KEY_PREFIX}{path}.{name}" for path, part in parts.items() for name in (TRAINABLE, INDICES[part.dim])]
     check_holds_only(files, keys, "slices")
     check_finite(files)
-    updates = {}
-    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
-    for path, part in parts.items():
-        trained = files.tensors.get(f"{KEY_PREFIX}{path}.{TRAINABLE}")
-        module = modules.get(path)
-        if trained is None:
+    for path in parts:
+        if f"{KEY_PREFIX}{path}.{TRAINABLE}" not in files.tensors:
             raise ValueError(f"the adapter in {files.directory} has channels of {path}, but no slice of it")
-        if module is None or type(module) is not nn.Linear:
-            kind = "missing" if module is None else f"a {type(module).__name__}"
-            raise ValueError(f"{path} must be a plain nn.Linear, it is {kind}; eject adapters first")
-        shape = tuple(module.weight.shape)
+    updates = {}
+    for path, layer in plain_layers(model, parts).items():
+        part, trained, shape = parts[path], files.tensors[f"{KEY_PREFIX}{path}.{TRAINABLE}"], sizes_of(layer)
         try:
             update = SliceUpdate(part, trained, shape)
         except ValueError as error:
             raise ValueError(f"{path} in {files.directory}: {error}") from None
-        original = module.weight.detach().cpu().index_select(update.axis, part.indices)
+        original = weight_of(layer).cpu().index_select(update.axis, part.indices)
         updates[path] = SliceUpdate(part, trained - original.to(trained.dtype), shape)
     return SliceAdapter(updates, config.base_model_name_or_path)

@@ -22,7 +22,8 @@ def to_lora(adapter: SliceAdapter, directory: str | os.PathLike[str]) -> None:
 
     Input channels: lora_A selects them and lora_B is the change. Output channels: lora_A is the change and lora_B
     selects. Ranks are the layers' numbers of channels, and scaling is 1. Slices are smaller than that: half of the
-    numbers in the file are zeros.
+    numbers in the file are zeros. Over transformers' `Conv1D` the factors are the same; PEFT sets `fan_in_fan_out` for
+    such a layer by itself and says so in a warning.
 
     Raises:
         ValueError: the adapter changes nothing.
@@ -61,7 +62,8 @@ def _selector(update: SliceUpdate) -> Tensor:
 def from_lora(directory: str | os.PathLike[str]) -> SliceAdapter:
     """The slices of a LoRA adapter of which one factor of every layer selects channels, as `to_lora` writes them.
 
-    Scaling goes into the change, a factor that selects with other numbers than 1 as well.
+    Scaling goes into the change, a factor that selects with other numbers than 1 as well. `fan_in_fan_out`, which says
+    how the base model keeps its weights, does not matter to factors.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -69,7 +71,7 @@ def from_lora(directory: str | os.PathLike[str]) -> SliceAdapter:
             a layer neither of whose factors selects channels.
     """
     files = read_adapter(directory)
-    config = LoraConfig.from_dict(files.config)
+    config = LoraConfig.from_dict({**files.config, "fan_in_fan_out": False})
     ending = ".lora_A.weight"
     check_finite(files)
     updates = {}

@@ -13,12 +13,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.linear import take_over, takeover_obstacle
+from ..nn.linear import is_transposed, take_over, takeover_obstacle
 from ..planning import put_module, unwrapped
 from .adapter import SliceAdapter, SliceUpdate
 
@@ -32,27 +32,30 @@ class _Rows:
         self.of: dict[str, Tensor] = {}  # by adapter, the numbers of its sequences
 
 
-class ServedLinear(nn.Linear):
-    """A frozen `nn.Linear` to which each sequence of a batch adds the slice that it asks for.
+class ServedLayer(nn.Module):
+    """A frozen linear layer to which each sequence of a batch adds the slice that it asks for.
 
     Shapes: x `[batch, ..., K]` to y `[batch, ..., N]`. For inference; gradients go through, but nothing trains.
 
     Attributes:
         updates: by name, what each adapter does to this layer.
+        replaced_type: the class of the layer that was replaced, which computes y without them.
     """
 
     updates: dict[str, SliceUpdate]
     present: _Rows
+    replaced_type: type[nn.Module]
 
     @classmethod
-    def over(cls, linear: nn.Linear, updates: Mapping[str, SliceUpdate], present: _Rows) -> ServedLinear:
+    def over(cls, linear: nn.Module, updates: Mapping[str, SliceUpdate], present: _Rows) -> Self:
         """Over an existing layer, which is not changed; changes are kept in the weight's dtype and device."""
-        reason = takeover_obstacle(linear)
+        reason = takeover_obstacle(linear, is_transposed(linear))
         if reason is not None:
-            raise TypeError(f"ServedLinear cannot replace this layer: {reason}")
+            raise TypeError(f"{cls.__name__} cannot replace this layer: {reason}")
         layer = take_over(linear, cls)
         layer.present = present
         layer.updates = dict(updates)
+        layer.replaced_type = type(linear)
         for number, update in enumerate(updates.values()):
             layer.register_buffer(f"change_{number}", update.change.detach().to(linear.weight), persistent=False)
             indices = update.slice.indices.to(linear.weight.device)
@@ -65,12 +68,13 @@ class ServedLinear(nn.Linear):
         Raises:
             ValueError: x has another number of sequences than `Served.rows` was told.
         """
-        y = F.linear(x, self.weight, self.bias)
+        y: Tensor = self.replaced_type.forward(self, x)
         present = self.present
         if not present.of:
             return y
         if x.dim() < 2 or x.shape[0] != present.batch:
-            raise ValueError(f"x must be [{present.batch}, ..., {self.in_features}], as rows says, got {list(x.shape)}")
+            _, inputs = next(iter(self.updates.values())).shape
+            raise ValueError(f"x must be [{present.batch}, ..., {inputs}], as rows says, got {list(x.shape)}")
         for number, (name, update) in enumerate(self.updates.items()):
             rows = present.of.get(name)
             if rows is None:
@@ -85,10 +89,18 @@ class ServedLinear(nn.Linear):
                 y = y.index_copy(0, rows, own_y)
         return y
 
-    def stopped(self) -> nn.Linear:
+    def stopped(self) -> nn.Module:
         """The plain layer."""
         own = [name for name in self._buffers if name.startswith(("change_", "indices_"))]
-        return take_over(self, nn.Linear, without=("updates", "present", *own))
+        return take_over(self, self.replaced_type, without=("updates", "present", "replaced_type", *own))
+
+
+class ServedLinear(ServedLayer, nn.Linear):
+    """A `ServedLayer` in the place of an `nn.Linear`."""
+
+
+class ServedConv1D(ServedLayer):
+    """A `ServedLayer` in the place of transformers' `Conv1D`."""
 
 
 class Served:
@@ -103,12 +115,13 @@ class Served:
         self.names = tuple(adapters)
         self._present = _Rows()
         linears = {path: linear for adapter in adapters.values() for path, linear in adapter.linears(model).items()}
-        layers: dict[int, ServedLinear] = {}
+        layers: dict[int, ServedLayer] = {}
         for path, linear in linears.items():
             if id(linear) in layers:
                 raise ValueError(f"{path} must be named by one path in all adapters, it is at several")
             updates = {name: adapter[path] for name, adapter in adapters.items() if path in adapter}
-            layers[id(linear)] = ServedLinear.over(linear, updates, self._present)
+            kind = ServedConv1D if is_transposed(linear) else ServedLinear
+            layers[id(linear)] = kind.over(linear, updates, self._present)
         everywhere = model.named_modules(remove_duplicate=False)
         self._places = {place: layers[id(module)] for place, module in everywhere if id(module) in layers}
         for place, layer in self._places.items():
@@ -156,7 +169,7 @@ def serve(model: nn.Module, adapters: Mapping[str, SliceAdapter]) -> Served:
     """Makes `model` able to compute with several adapters in one batch, in place; `Served.stop` undoes it.
 
     Args:
-        model: with plain `nn.Linear` layers where adapters are.
+        model: with plain `nn.Linear` or `Conv1D` layers where adapters are.
         adapters: by name.
 
     Raises:

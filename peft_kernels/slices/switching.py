@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import backends
-from ..nn.linear import weight_obstacle
+from ..nn.linear import is_transposed, weight_obstacle
 from ..nn.merged import put
 from ..nn.merged_linear import contiguity_obstacle
 from ..planning import memory_of, unwrapped, weight_owners
@@ -24,7 +24,7 @@ class Switch:
     one was. Weights are the switch's to write while it holds an adapter: nobody else should change them.
 
     Args:
-        model: with plain `nn.Linear` layers where adapters are.
+        model: with plain `nn.Linear` or `Conv1D` layers where adapters are.
 
     Attributes:
         current: the adapter in the weights, or None.
@@ -84,21 +84,24 @@ class Switch:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What an adapter adds to one layer, on the weight's device and as wide as the sum is formed."""
+    """What an adapter adds to one layer's weight as it is stored, on its device and as wide as the sum is formed."""
 
     path: str
-    linear: nn.Linear
+    linear: nn.Module
     weight: Tensor
     axis: int
     indices: Tensor
     change: Tensor
 
     @classmethod
-    def of(cls, path: str, linear: nn.Linear, update: SliceUpdate) -> _Part:
+    def of(cls, path: str, linear: nn.Module, update: SliceUpdate) -> _Part:
         weight = linear.weight
         wide = torch.promote_types(torch.promote_types(weight.dtype, update.change.dtype), torch.float32)
         change = update.change.to(weight.device, wide)
-        return cls(path, linear, weight, update.axis, update.slice.indices.to(weight.device), change)
+        axis = update.axis
+        if is_transposed(linear):
+            axis, change = 1 - axis, change.t().contiguous()
+        return cls(path, linear, weight, axis, update.slice.indices.to(weight.device), change)
 
     def is_in(self, model: nn.Module) -> bool:
         """Whether the layer is still the model's, and the weight the layer's, where and as it was."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..channels import Slice
-from ..nn import S2FTLinear, SparseDeltaLinear
+from ..nn import SparseDeltaLinear
+from ..nn.s2ft_layer import S2FTLayer
 from ..reselection import Reselector
 from ..schedules import Schedule
 from .settings import Settings
@@ -92,7 +93,7 @@ class Arm:
         """Which channels train in layers of S2FT, by path, numbered as in the model that was loaded."""
         found = {}
         for path, layer in self.model.named_modules():
-            if isinstance(layer, S2FTLinear):
+            if isinstance(layer, S2FTLayer):
                 indices = layer.indices.cpu()
                 original = indices if layer.order is None else layer.order[indices].sort().values
                 found[path] = Slice(original, layer.dim)

@@ -13,20 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.linear import is_transposed
+
 
 class PlainPaCALinear(nn.Module):
     """A linear layer that trains channels of its weight, which is written in every forward pass.
 
     Args:
-        linear: gives its weight and bias, which become frozen; the weight belongs to the new layer.
+        linear: an `nn.Linear` or a `Conv1D`, gives its weight and bias, which become frozen; the weight belongs to the
+            new layer.
         indices: `[s]` int64, the channels.
         dim: "input" or "output".
         dtype: of what trains.
     """
 
-    def __init__(self, linear: nn.Linear, indices: Tensor, dim: str, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Module, indices: Tensor, dim: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        if is_transposed(linear):
+            self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.axis = 1 if dim == "input" else 0

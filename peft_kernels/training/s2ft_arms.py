@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 
 from ..channels import Slice
+from ..nn.s2ft_layer import S2FTLayer
 from .arms import OURS, PACA, PEFT_LORA, Arm, copy_sharing_parameters, fused_adamw, make_arm, own_weights
 from .errors import require
 from .method_options import parse_ratios
@@ -74,11 +75,11 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Op
     return pk.optim.SparseAdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def _layers(model: nn.Module) -> dict[str, pk.nn.S2FTLinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, pk.nn.S2FTLinear)}
+def _layers(model: nn.Module) -> dict[str, S2FTLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTLayer)}
 
 
-def _replace_by_paca(model: nn.Module, layers: Mapping[str, pk.nn.S2FTLinear]) -> None:
+def _replace_by_paca(model: nn.Module, layers: Mapping[str, S2FTLayer]) -> None:
     model.requires_grad_(False)
     for path, layer in layers.items():
         linear: Any = model.get_submodule(path)

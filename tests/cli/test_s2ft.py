@@ -72,6 +72,26 @@ def test_ours_follows_the_loss_curve_of_a_plain_paca(options: list[str], invoke:
     assert all(float(update.change.abs().max()) > 1e-3 for update in adapter.values())
 
 
+def test_a_gpt2_follows_a_plain_paca_too(invoke: Invoke, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=512, **sizes)).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    options = ["--ratios", "q=0.3,o=0.3,up=0.1,down=0.1", "--co-permute", "--lr", "1e-2", "--compare", "paca"]
+    output = tmp_path / "run"
+    result = invoke(
+        "finetune", *S2FT, *options, "--model", tmp_path / "gpt2", "--steps", 4, "--seed", 3, "--output", output
+    )
+    assert result.exit_code == 0, result.output
+    losses = losses_of(output)
+    assert losses["peft-kernels"] == pytest.approx(losses["plain PaCA"], rel=1e-5)
+    base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    adapter = slices.read(output / "adapter", base)
+    assert {path.rpartition(".")[2] for path in adapter} == {"c_attn", "c_fc", "c_proj"}
+    assert all(float(update.change.abs().max()) > 1e-3 for update in adapter.values())
+
+
 @pytest.mark.parametrize(("compare", "other"), [("peft", "PEFT LoRA"), ("full", "full fine-tuning")])
 def test_another_method_starts_from_the_same_function(compare: str, other: str, invoke: Invoke, tmp_path: Path) -> None:
     output = tmp_path / "run"

@@ -156,5 +156,5 @@ def test_a_model_merges_and_unmerges_all_its_layers(llama, tokens, randomize):
 
 def test_a_model_without_our_layers_says_so(llama):
     for call in (pk.merge, pk.unmerge, pk.eject):
-        with pytest.raises(ValueError, match="model has no LoRALinear, SparseDeltaLinear or S2FTLinear"):
+        with pytest.raises(ValueError, match="model has no LoRALinear, SparseDeltaLinear, S2FTLinear or S2FTConv1D"):
             call(llama())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_kernels.nn import S2FTLinear
+from peft_kernels.nn.s2ft_layer import S2FTLayer
 
 from ..lora.conftest import llama, tokens  # noqa: F401
 
@@ -21,7 +21,7 @@ def disturb() -> Callable[[nn.Module], None]:
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for layer in model.modules():
-                if isinstance(layer, S2FTLinear):
+                if isinstance(layer, S2FTLayer):
                     layer.trainable.add_(torch.randn(layer.trainable.shape, generator=generator) * 0.3)
 
     return add

@@ -14,7 +14,7 @@ import peft_kernels as pk
 from peft_kernels import S2FTConfig, adapter_files
 from peft_kernels.nn import S2FTLinear, SwiGLUMLP
 
-from .architectures import ARCHITECTURES, build, logits, roles
+from .architectures import build, every_architecture, logits, roles
 
 CONFIGS = {
     "default": {},
@@ -125,7 +125,7 @@ def test_other_channels_are_loaded_into_an_injected_model(base, tokens, dim, tmp
     assert_same_state(other, state(base()))
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt2"])
+@every_architecture
 def test_a_co_permuted_model_s_file_is_about_the_model_as_it_was_loaded(name, tmp_path):
     ratios = dict.fromkeys(roles(name), 0.34)
     model = build(name)

@@ -9,18 +9,18 @@ import peft_kernels
 
 from ..support.accuracy import assert_same_bits
 from ..support.places import places
-from ..support.s2ft_layer import DIMS, LAYER_OPERATORS, TENSORS, random_s2ft_layer, results
+from ..support.s2ft_layer import KINDS, LAYER_OPERATORS, TENSORS, random_s2ft_layer, results
 
 PLACES = pytest.mark.parametrize("place", places(*LAYER_OPERATORS, dtypes=(torch.bfloat16,)))
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 @PLACES
-@DIM
+@KIND
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equals_the_explicit_cast(place, dim, half, dtype):
-    layer = random_s2ft_layer(dim, (3, 5), dtype=dtype, device=place.device).training(*TENSORS)
+def test_equals_the_explicit_cast(place, kind, half, dtype):
+    layer = random_s2ft_layer(kind, (3, 5), dtype=dtype, device=place.device).training(*TENSORS)
     explicit = layer.map(lambda t: t if t is layer.trainable else t.detach().to(half)).training(*TENSORS)
     with peft_kernels.use_backend(place.backend):
         with torch.autocast(place.device, half):
@@ -44,9 +44,9 @@ def test_a_slice_in_another_dtype_is_cast_along(place):
 
 
 @PLACES
-@DIM
-def test_disabled_inside_means_full_precision(place, dim):
-    layer = random_s2ft_layer(dim, (4,), device=place.device)
+@KIND
+def test_disabled_inside_means_full_precision(place, kind):
+    layer = random_s2ft_layer(kind, (4,), device=place.device)
     with peft_kernels.use_backend(place.backend):
         with torch.autocast(place.device, torch.bfloat16), torch.autocast(place.device, enabled=False):
             inside = layer()
@@ -54,9 +54,9 @@ def test_disabled_inside_means_full_precision(place, dim):
 
 
 @PLACES
-@DIM
-def test_backward_outside_and_inside_the_context_are_the_same(place, dim):
-    layer = random_s2ft_layer(dim, (4,), device=place.device).training(*TENSORS)
+@KIND
+def test_backward_outside_and_inside_the_context_are_the_same(place, kind):
+    layer = random_s2ft_layer(kind, (4,), device=place.device).training(*TENSORS)
     wanted = list(layer.tensors().values())
     with peft_kernels.use_backend(place.backend):
         with torch.autocast(place.device, torch.bfloat16):
@@ -68,9 +68,9 @@ def test_backward_outside_and_inside_the_context_are_the_same(place, dim):
 
 
 @pytest.mark.parametrize("place", places(*LAYER_OPERATORS, dtypes=(torch.float64,)))
-@DIM
-def test_float64_is_left_alone_as_in_torch(place, dim):
-    layer = random_s2ft_layer(dim, (4,), dtype=torch.float64, device=place.device)
+@KIND
+def test_float64_is_left_alone_as_in_torch(place, kind):
+    layer = random_s2ft_layer(kind, (4,), dtype=torch.float64, device=place.device)
     with peft_kernels.use_backend(place.backend):
         with torch.autocast(place.device, torch.bfloat16):
             y = layer()
@@ -78,10 +78,10 @@ def test_float64_is_left_alone_as_in_torch(place, dim):
 
 
 @PLACES
-@DIM
-def test_a_weight_gathered_anew_has_been_cast_with_its_slice(place, dim):
+@KIND
+def test_a_weight_gathered_anew_has_been_cast_with_its_slice(place, kind):
     # What FSDP's layers pass; the cast copy is no longer what is gathered, so backward leaves it as it is.
-    layer = random_s2ft_layer(dim, (4,), device=place.device).training("x", "trainable")
+    layer = random_s2ft_layer(kind, (4,), device=place.device).training("x", "trainable")
     with peft_kernels.use_backend(place.backend), torch.autocast(place.device, torch.bfloat16):
         expected = results(layer)
         actual = results(layer, rewrite=True)

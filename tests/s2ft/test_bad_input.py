@@ -46,6 +46,25 @@ def test_message_names_argument_expectation_and_what_came(changes, error, messag
         ops.s2ft_linear(**arguments)
 
 
+TRANSPOSED = [
+    ({"transposed": False}, ValueError, r"x must be \[..., 20\] to match weight, got float32 \[7, 24\]"),
+    ({"weight": lambda t: t[0]}, ValueError, r"weight must be 2-D \[in_features, out_features\], got float32 \[20\]"),
+    ({"x": lambda t: t[:, 1:]}, ValueError, r"x must be \[..., 24\] to match weight, got float32 \[7, 23\]"),
+    ({"bias": lambda t: t[1:]}, ValueError, r"bias must be \[20\], got float32 \[19\]"),
+    ({"trainable": torch.t}, ValueError, r"trainable must be \[5, 20\], .* along its input, got float32 \[20, 5\]"),
+    ({"dim": "output"}, ValueError, r"trainable must be \[24, 5\], .* along its output, got float32 \[5, 20\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), TRANSPOSED)
+def test_messages_go_by_the_way_the_weight_lies(changes, error, message):
+    arguments = {**vars(random_s2ft_layer("input of Conv1D")), "x_slice": None}
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    with pytest.raises(error, match=f"s2ft_linear: {message}"):
+        ops.s2ft_linear(**arguments)
+
+
 def test_a_slice_of_x_goes_with_input_channels():
     with pytest.raises(
         ValueError, match=r"s2ft_linear: x_slice goes with dim 'input', got float32 \[7, 5\] .* 'output'"

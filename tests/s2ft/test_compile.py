@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_kernels import ops
 
-from ..support.s2ft_layer import DIMS, TENSORS, random_s2ft_layer, results
+from ..support.s2ft_layer import KINDS, TENSORS, random_s2ft_layer, results
 
 LENGTHS = (6, 9, 64, 33, 128, 7)  # no other size of a layer, which dynamo would take for the same one
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +24,11 @@ def nothing_compiled_before():
     torch._dynamo.reset()
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [("x", "trainable"), ("trainable",), TENSORS], ids="+".join)
-def test_the_layer_equals_eager(dim, dtype, trained):
-    layer = random_s2ft_layer(dim, (3, 5), dtype=dtype).training(*trained)
+def test_the_layer_equals_eager(kind, dtype, trained):
+    layer = random_s2ft_layer(kind, (3, 5), dtype=dtype).training(*trained)
     compiled = torch.compile(ops.s2ft_linear, fullgraph=True, backend="aot_eager")
     y = layer.call(compiled)
     found = torch.autograd.grad(y, [getattr(layer, name) for name in trained], torch.ones_like(y))
@@ -50,9 +50,9 @@ def inputs(length, generator, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["input", "output", "swiglu"])
+@pytest.mark.parametrize("kind", [*KINDS, "swiglu"])
 def test_training_at_any_length_is_eager_training_in_one_graph(kind, dtype):
-    layer = random_s2ft_layer("output" if kind == "output" else "input", dtype=dtype).training("trainable")
+    layer = random_s2ft_layer("input" if kind == "swiglu" else kind, dtype=dtype).training("trainable")
     counter = CompileCounterWithBackend("aot_eager")
 
     def run(gate, up):
@@ -79,17 +79,17 @@ def test_a_changed_length_recompiles_once_at_most():
     assert counter.frame_count <= 2
 
 
-@DIM
-def test_without_gradients(dim):
-    layer = random_s2ft_layer(dim).training("trainable")
+@KIND
+def test_without_gradients(kind):
+    layer = random_s2ft_layer(kind).training("trainable")
     compiled = torch.compile(lambda x: replace(layer, x=x)(), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(layer.x), layer())
 
 
-@DIM
-def test_checkpointing_inside_a_compiled_function(dim):
-    layer = random_s2ft_layer(dim, (3,), 24, 24).training("trainable")
+@KIND
+def test_checkpointing_inside_a_compiled_function(kind):
+    layer = random_s2ft_layer(kind, (3,), 24, 24).training("trainable")
 
     def twice(x):
         return replace(layer, x=replace(layer, x=x)().tanh())()

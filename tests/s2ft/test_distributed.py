@@ -14,8 +14,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels.nn import S2FTLinear, SwiGLUMLP
+from peft_kernels.nn import S2FTConv1D, SwiGLUMLP
+from peft_kernels.nn.s2ft_layer import S2FTLayer
 from peft_kernels.optim import SparseAdamW
+
+from ..support.s2ft_module import as_conv1d
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -25,13 +28,15 @@ CASES = {
     f"{kind} {optimizer} {how}": (kind, optimizer, how)
     for kind, optimizer, how in (
         *product(("ddp", "fsdp"), OPTIMIZERS, ("float32",)),
-        *product(("ddp", "fsdp"), ("SparseAdamW",), ("autocast", "checkpointed", "accumulated", "co-permuted")),
+        *product(
+            ("ddp", "fsdp"), ("SparseAdamW",), ("autocast", "checkpointed", "accumulated", "co-permuted", "Conv1D")
+        ),
         ("fsdp", "SparseAdamW", "mixed precision"),
         ("fsdp", "SparseAdamW", "whole blocks"),
         ("fsdp", "AdamW", "whole blocks"),
     )
 }
-SAVED = [case for case, (_, _, how) in CASES.items() if how in ("float32", "co-permuted", "whole blocks")]
+SAVED = [case for case, (_, _, how) in CASES.items() if how in ("float32", "co-permuted", "whole blocks", "Conv1D")]
 RESUMED = "fsdp SparseAdamW float32"
 
 
@@ -59,6 +64,8 @@ class Net(nn.Module):
 def adapted_model(how="float32"):
     torch.manual_seed(0)
     model = Net()
+    if how == "Conv1D":
+        model.first, model.last = as_conv1d(model.first), as_conv1d(model.last)
     if how == "co-permuted":
         config = pk.S2FTConfig(ratios={"gate": 0.6, "up": 0.5, "down": 0.8}, co_permute=True)
         pk.inject(model, config, seed=1)
@@ -73,6 +80,7 @@ def adapted_model(how="float32"):
         }
         pk.inject(model, pk.S2FTConfig(ratio=0.3, target_modules=list(dims)), positions=slices)
     assert isinstance(model.mlp, SwiGLUMLP)
+    assert isinstance(model.first, S2FTConv1D) == (how == "Conv1D")
     return model
 
 
@@ -101,7 +109,9 @@ def sharded(model, how):
     dtype = torch.bfloat16 if how == "mixed precision" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=True)
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    parts = [model.mlp] if how == "whole blocks" else [m for m in model.modules() if isinstance(m, nn.Linear)]
+    parts = (
+        [model.mlp] if how == "whole blocks" else [m for m in model.modules() if isinstance(m, nn.Linear | S2FTConv1D)]
+    )
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -167,7 +177,7 @@ def refusal(call):
 
 
 def layers_of(model):
-    return [layer for layer in model.modules() if isinstance(layer, S2FTLinear)]
+    return [layer for layer in model.modules() if isinstance(layer, S2FTLayer)]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])

@@ -14,16 +14,18 @@ from peft_kernels import ops
 
 from ..support.accuracy import assert_same_bits
 from ..support.places import places
-from ..support.s2ft_layer import DIMS, LAYER_OPERATORS, TENSORS, dense_results, random_s2ft_layer, results
+from ..support.s2ft_layer import KINDS, LAYER_OPERATORS, TENSORS, dense_results, random_s2ft_layer, results
 
 EACH_BACKEND = pytest.mark.parametrize("place", places(*LAYER_OPERATORS))
 EACH_DOUBLE_BACKEND = pytest.mark.parametrize("place", places(*LAYER_OPERATORS, dtypes=(torch.float64,)))
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 SUBSETS = [names for size in range(1, 5) for names in combinations(TENSORS, size)]
 
 
-def dense(x, weight, bias, trainable, indices, dim):
+def dense(x, weight, bias, trainable, indices, dim, transposed=False):
     """The layer over the dense weight, written out; what is added is zero and carries the derivative to trainable."""
+    if transposed:
+        weight, trainable = weight.t(), trainable.t()
     change = (trainable - trainable.detach()).to(weight.dtype)
     live = torch.zeros_like(weight).index_add(1 if dim == "input" else 0, indices, change) + weight
     y = torch.einsum("...k,nk->...n", x, live)
@@ -31,10 +33,10 @@ def dense(x, weight, bias, trainable, indices, dim):
 
 
 @EACH_BACKEND
-@DIM
+@KIND
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
-def test_every_choice_of_trained_tensors(place, dim, names):
-    layer = random_s2ft_layer(dim, (3, 5), device=place.device)
+def test_every_choice_of_trained_tensors(place, kind, names):
+    layer = random_s2ft_layer(kind, (3, 5), device=place.device)
     expected = dense_results(layer, torch.ones(3, 5, 20, device=place.device), torch.float64)
     some = layer.training(*names)
     with peft_kernels.use_backend(place.backend):
@@ -48,9 +50,9 @@ def test_every_choice_of_trained_tensors(place, dim, names):
 
 
 @EACH_BACKEND
-@DIM
-def test_nothing_trained_gives_no_graph(place, dim):
-    layer = random_s2ft_layer(dim, device=place.device)
+@KIND
+def test_nothing_trained_gives_no_graph(place, kind):
+    layer = random_s2ft_layer(kind, device=place.device)
     with peft_kernels.use_backend(place.backend):
         assert not layer().requires_grad
         trained = layer.training(*TENSORS)
@@ -61,9 +63,9 @@ def test_nothing_trained_gives_no_graph(place, dim):
 
 
 @EACH_BACKEND
-@DIM
-def test_second_backward_through_a_retained_graph_gives_the_same_bits(place, dim):
-    layer = random_s2ft_layer(dim, (6,), device=place.device).training(*TENSORS)
+@KIND
+def test_second_backward_through_a_retained_graph_gives_the_same_bits(place, kind):
+    layer = random_s2ft_layer(kind, (6,), device=place.device).training(*TENSORS)
     with peft_kernels.use_backend(place.backend):
         y = layer()
         wanted = list(layer.tensors().values())
@@ -74,9 +76,23 @@ def test_second_backward_through_a_retained_graph_gives_the_same_bits(place, dim
 
 
 @EACH_BACKEND
-@DIM
-def test_gradients_accumulate(place, dim):
-    layer = random_s2ft_layer(dim, (6,), device=place.device).training("trainable")
+@KIND
+@pytest.mark.parametrize("leading", [(6,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_result_may_be_changed_in_place(place, kind, leading, bias):
+    layer = random_s2ft_layer(kind, leading, bias=bias, device=place.device).training("x", "trainable")
+    wanted = [layer.x, layer.trainable]
+    with peft_kernels.use_backend(place.backend):
+        expected = torch.autograd.grad((layer() * 2).square().sum(), wanted)
+        found = torch.autograd.grad(layer().mul_(2).square().sum(), wanted)
+    for actual, gradient in zip(found, expected, strict=True):
+        assert_same_bits(actual, gradient)
+
+
+@EACH_BACKEND
+@KIND
+def test_gradients_accumulate(place, kind):
+    layer = random_s2ft_layer(kind, (6,), device=place.device).training("trainable")
     with peft_kernels.use_backend(place.backend):
         first, second = (replace(layer, x=scale * layer.x) for scale in (1.0, -0.7))
         alone = [results(part)["trainable"] for part in (first, second)]
@@ -86,9 +102,9 @@ def test_gradients_accumulate(place, dim):
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
-def test_one_layer_used_twice_in_a_graph(place, dim):
-    layer = random_s2ft_layer(dim, (6,), 20, 20, dtype=torch.float64, device=place.device).training(*TENSORS)
+@KIND
+def test_one_layer_used_twice_in_a_graph(place, kind):
+    layer = random_s2ft_layer(kind, (6,), 20, 20, dtype=torch.float64, device=place.device).training(*TENSORS)
 
     def twice(function):
         return replace(layer, x=layer.call(function).tanh()).call(function)
@@ -112,18 +128,20 @@ def as_function(layer, backend, **options):
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
+@KIND
 @pytest.mark.parametrize("leading", [(3,), (2, 2), ()], ids=str)
-def test_gradcheck(place, dim, leading):
-    layer = random_s2ft_layer(dim, leading, 5, 4, 2, torch.float64, device=place.device).training("x", "weight", "bias")
+def test_gradcheck(place, kind, leading):
+    layer = random_s2ft_layer(kind, leading, 5, 4, 2, torch.float64, device=place.device).training(
+        "x", "weight", "bias"
+    )
     assert torch.autograd.gradcheck(*as_function(layer, place.backend))
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
-def test_the_gradient_of_trainable_is_the_slope_of_the_dense_function(place, dim):
+@KIND
+def test_the_gradient_of_trainable_is_the_slope_of_the_dense_function(place, kind):
     # gradcheck cannot move trainable: the forward reads weight alone. So its numerical slope is that of weight there.
-    layer = random_s2ft_layer(dim, (3,), 5, 4, 2, torch.float64, device=place.device).training("trainable")
+    layer = random_s2ft_layer(kind, (3,), 5, 4, 2, torch.float64, device=place.device).training("trainable")
     with peft_kernels.use_backend(place.backend):
         jacobian = torch.autograd.functional.jacobian(lambda t: replace(layer, trainable=t)(), layer.trainable)
     step = 1e-6
@@ -131,17 +149,22 @@ def test_the_gradient_of_trainable_is_the_slope_of_the_dense_function(place, dim
         change = torch.zeros_like(layer.trainable)
         change.view(-1)[entry] = step
         change = torch.zeros_like(layer.weight).index_copy(layer.along(), layer.indices, change)
-        up, down = (layer.x @ (layer.weight + sign * change).t() for sign in (1, -1))
+        up, down = (layer.x @ layer.oriented(layer.weight + sign * change).t() for sign in (1, -1))
         slope = ((up - down) / (2 * step)).detach()
         torch.testing.assert_close(jacobian.flatten(2)[..., entry], slope, rtol=1e-6, atol=1e-8)
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
+@KIND
 @pytest.mark.parametrize("names", [names for names in SUBSETS if "trainable" not in names], ids="+".join)
-def test_gradgradcheck(place, dim, names):
-    layer = random_s2ft_layer(dim, (2,), 4, 3, 2, torch.float64, device=place.device).training(*names)
+def test_gradgradcheck(place, kind, names):
+    layer = random_s2ft_layer(kind, (2,), 4, 3, 2, torch.float64, device=place.device).training(*names)
     assert torch.autograd.gradgradcheck(*as_function(layer, place.backend))
+
+
+def of_tensors(layer, function, tensors):
+    """`function` of the layer with other tensors in their places."""
+    return replace(layer, **dict(zip(TENSORS, tensors, strict=True))).call(function)
 
 
 def penalty(y, wanted):
@@ -151,11 +174,11 @@ def penalty(y, wanted):
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
+@KIND
 @pytest.mark.parametrize("leading", [(4,), (2, 3), ()], ids=str)
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
-def test_double_backward_is_that_of_the_dense_layer(place, dim, names, leading):
-    layer = random_s2ft_layer(dim, leading, 6, 5, 3, torch.float64, device=place.device).training(*names)
+def test_double_backward_is_that_of_the_dense_layer(place, kind, names, leading):
+    layer = random_s2ft_layer(kind, leading, 6, 5, 3, torch.float64, device=place.device).training(*names)
     wanted = [getattr(layer, name) for name in names]
     expected = torch.autograd.grad(penalty(layer.call(dense), wanted), wanted)
     with peft_kernels.use_backend(place.backend):
@@ -198,10 +221,10 @@ def test_double_backward_of_a_block_with_swiglu_in_front(place, names):
 
 
 @EACH_BACKEND
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_create_graph_keeps_values_shapes_and_dtypes(place, dim, dtype):
-    layer = random_s2ft_layer(dim, (2, 6), dtype=dtype, device=place.device).training(*TENSORS)
+def test_create_graph_keeps_values_shapes_and_dtypes(place, kind, dtype):
+    layer = random_s2ft_layer(kind, (2, 6), dtype=dtype, device=place.device).training(*TENSORS)
     with peft_kernels.use_backend(place.backend):
         plain = results(layer)
         found = torch.autograd.grad(layer().sum(), list(layer.tensors().values()), create_graph=True)
@@ -211,12 +234,12 @@ def test_create_graph_keeps_values_shapes_and_dtypes(place, dim, dtype):
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
-def test_functional_gradients(place, dim):
-    layer = random_s2ft_layer(dim, (5,), dtype=torch.float64, device=place.device)
+@KIND
+def test_functional_gradients(place, kind):
+    layer = random_s2ft_layer(kind, (5,), dtype=torch.float64, device=place.device)
 
     def loss(function):
-        return lambda *tensors: function(*tensors, layer.indices, dim).square().sum()
+        return lambda *tensors: of_tensors(layer, function, tensors).square().sum()
 
     tensors = tuple(layer.tensors().values())
     with peft_kernels.use_backend(place.backend):
@@ -226,9 +249,9 @@ def test_functional_gradients(place, dim):
 
 
 @EACH_DOUBLE_BACKEND
-@DIM
-def test_gradients_per_sample(place, dim):
-    layer = random_s2ft_layer(dim, (5,), dtype=torch.float64, device=place.device)
+@KIND
+def test_gradients_per_sample(place, kind):
+    layer = random_s2ft_layer(kind, (5,), dtype=torch.float64, device=place.device)
 
     def loss(trainable, x):
         return replace(layer, x=x, trainable=trainable)().square().sum()
@@ -237,25 +260,27 @@ def test_gradients_per_sample(place, dim):
         found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.trainable, layer.x)
     for row, actual in zip(layer.x, found, strict=True):
         grad_out = 2 * replace(layer, x=row).call(dense)
-        torch.testing.assert_close(actual, torch.outer(grad_out, row).index_select(layer.along(), layer.indices))
+        expected = layer.oriented(torch.outer(grad_out, row)).index_select(layer.along(), layer.indices)
+        torch.testing.assert_close(actual, expected)
 
 
-@DIM
-def test_forward_mode_derivatives(dim):
-    layer = random_s2ft_layer(dim, (5,), dtype=torch.float64)
+@KIND
+def test_forward_mode_derivatives(kind):
+    layer = random_s2ft_layer(kind, (5,), dtype=torch.float64)
     tensors = tuple(layer.tensors().values())
     tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
 
     def derivative(function):
-        return torch.func.jvp(lambda *tensors: function(*tensors, layer.indices, dim), tensors, tangents)
+        return torch.func.jvp(lambda *tensors: of_tensors(layer, function, tensors), tensors, tangents)
 
     for actual, wanted in zip(derivative(ops.s2ft_linear), derivative(dense), strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("layer", ["", " of Conv1D"], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize(("dim", "changed"), [("input", "weight"), ("input", "trainable"), ("output", "x")])
-def test_what_was_changed_in_place_before_backward_is_noticed(dim, changed):
-    layer = random_s2ft_layer(dim, (8,)).training("x", "trainable")
+def test_what_was_changed_in_place_before_backward_is_noticed(dim, changed, layer):
+    layer = random_s2ft_layer(dim + layer, (8,)).training("x", "trainable")
     y = layer()
     with torch.no_grad():
         getattr(layer, changed).mul_(1)

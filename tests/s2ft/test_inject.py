@@ -13,9 +13,10 @@ import peft_kernels as pk
 from peft_kernels import S2FTConfig
 from peft_kernels.channels import Slice
 from peft_kernels.nn import S2FTLinear, SwiGLUMLP
+from peft_kernels.nn.s2ft_layer import S2FTLayer
 from peft_kernels.optim import SparseAdamW
 
-from .architectures import ARCHITECTURES, build, logits, roles
+from .architectures import ARCHITECTURES, build, every_architecture, logits, roles
 from .architectures import tokens as batch_of
 
 ALL_ROLES = ("q", "k", "v", "o", "up", "gate", "down")
@@ -25,7 +26,7 @@ HEAD_DIM = 8
 
 
 def adapted(model):
-    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTLinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTLayer)}
 
 
 def trainable(model):
@@ -224,10 +225,7 @@ def test_bad_slices_are_named_and_change_nothing(llama, positions, message, co_p
     assert_same_state(model, state)
 
 
-CO_PERMUTED = [name for name in ARCHITECTURES if name != "gpt2"]
-
-
-@pytest.mark.parametrize("name", CO_PERMUTED)
+@every_architecture
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_co_permuting_changes_no_function_and_ejecting_restores_the_bits(name, dtype):
     model = build(name, dtype)
@@ -259,7 +257,7 @@ def test_co_permuting_changes_no_function_and_ejecting_restores_the_bits(name, d
     assert not torch.allclose(logits(kept), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", CO_PERMUTED)
+@every_architecture
 def test_co_permuted_training_is_training_in_place(name):
     results = []
     for co_permute in (False, True):
@@ -279,7 +277,7 @@ def test_co_permuted_training_is_training_in_place(name):
         torch.testing.assert_close(permuted[key], value, rtol=1e-6, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt2"])
+@every_architecture
 def test_injecting_changes_no_function_on_any_architecture(name):
     model = build(name)
     expected, state = logits(model), bits(model)
@@ -302,17 +300,6 @@ def test_grouped_queries_keep_their_groups(llama):
         assert k.indices.tolist() == v.indices.tolist() == list(range(HEAD_DIM))
         assert q.indices.tolist() == o.indices.tolist() == list(range(2 * HEAD_DIM))
     torch.testing.assert_close(logits(model, input_ids=batch_of()), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("role", ["q", "o", "up", "down"])
-@pytest.mark.parametrize("co_permute", [False, True])
-def test_transposed_layers_are_refused_with_the_reason(role, co_permute):
-    model = build("gpt2")
-    before, state = fingerprint(model), bits(model)
-    with pytest.raises(ValueError, match=r"transformer\.h\.0.*: it is a transformers.*Conv1D, not an nn.Linear"):
-        pk.inject(model, S2FTConfig(ratios={role: 0.5}, co_permute=co_permute))
-    assert fingerprint(model) == before
-    assert_same_state(model, state)
 
 
 def test_a_role_that_the_model_does_not_have_is_refused():

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from peft_kernels.nn import S2FTLinear
+from peft_kernels.nn.s2ft_layer import S2FTLayer
 from peft_kernels.optim import SparseAdamW
 
 from ..support.accuracy import assert_same_bits
-from ..support.s2ft_layer import DIMS
+from ..support.s2ft_layer import DIMS, KINDS
 from ..support.s2ft_module import random_s2ft_module, weight_with_slice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 OPTIMIZERS = {
     "SparseAdamW": lambda p: SparseAdamW(p, lr=0.05),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, foreach=False),
@@ -32,13 +34,13 @@ OPTIMIZERS = {
 def writes(monkeypatch):
     """The numbers of channels that were written since the test began."""
     done = []
-    write = S2FTLinear._write_into
+    write = S2FTLayer._write_into
 
     def counted(layer, weight, restored):
         done.append(layer.num_channels)
         write(layer, weight, restored)
 
-    monkeypatch.setattr(S2FTLinear, "_write_into", counted)
+    monkeypatch.setattr(S2FTLayer, "_write_into", counted)
     return done
 
 
@@ -50,11 +52,11 @@ def steps(layer, optimizer, number=3):
         optimizer.step()
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_every_step_of_any_optimizer_is_written_and_can_be_taken_out(dim, dtype, make):
-    layer, original = random_s2ft_module(dim, dtype)
+def test_every_step_of_any_optimizer_is_written_and_can_be_taken_out(kind, dtype, make):
+    layer, original = random_s2ft_module(kind, dtype)
     optimizer = make([layer.trainable])
     for _ in range(3):
         before = layer.trainable.detach().clone()
@@ -62,18 +64,20 @@ def test_every_step_of_any_optimizer_is_written_and_can_be_taken_out(dim, dtype,
         assert not torch.equal(layer.trainable, before)
         y = layer(torch.eye(24, dtype=dtype))
         assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
-        assert_same_bits(y.detach(), nn.functional.linear(torch.eye(24, dtype=dtype), layer.weight, layer.bias))
+        assert_same_bits(
+            y.detach(), nn.functional.linear(torch.eye(24, dtype=dtype), layer.oriented(layer.weight), layer.bias)
+        )
     layer.restore_weight()
     assert_same_bits(layer.weight.detach(), original)
     layer(torch.zeros(24, dtype=dtype))
     assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", ["restore_weight", "unmerge", "to_linear", "deepcopy"])
-def test_every_way_out_gives_back_the_original_bits(dim, dtype, way):
-    layer, original = random_s2ft_module(dim, dtype)
+def test_every_way_out_gives_back_the_original_bits(kind, dtype, way):
+    layer, original = random_s2ft_module(kind, dtype)
     steps(layer, SparseAdamW([layer.trainable], lr=0.05))
     assert not torch.equal(layer.weight, original)
     if way == "unmerge":
@@ -144,10 +148,10 @@ def uncounted(layer):
 CHANGES = (by_optimizer, in_place, one_entry, by_data, as_vector, other_parameter, uncounted)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_every_change_of_the_slice_is_written(dim, change):
-    layer, original = random_s2ft_module(dim)
+def test_every_change_of_the_slice_is_written(kind, change):
+    layer, original = random_s2ft_module(kind)
     x = torch.randn(3, 24)
     before = layer(x).detach()
     change(layer)
@@ -172,16 +176,16 @@ def test_a_slice_is_written_when_it_has_changed_and_only_then(writes):
     assert writes == [5, 5]
 
 
-@DIM
-def test_after_a_backward_pass_it_is_written_anew(dim, writes):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_after_a_backward_pass_it_is_written_anew(kind, writes):
+    layer, _ = random_s2ft_module(kind)
     x = torch.randn(3, 24)
     for _ in range(3):
         layer(x).sum().backward()
         layer.trainable.data.add_(1.0)  # what torch does not count
     y = layer(x)
     assert writes == [5] * 4
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    expected = torch.nn.functional.linear(x, layer.oriented(layer.weight), layer.bias)
     assert_same_bits(y.detach(), expected.detach())
 
 
@@ -191,9 +195,9 @@ def test_a_new_layer_has_nothing_to_write(writes):
     assert not writes
 
 
-@DIM
-def test_the_sparse_optimizer_writes_in_its_own_pass(dim, writes):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_the_sparse_optimizer_writes_in_its_own_pass(kind, writes):
+    layer, original = random_s2ft_module(kind)
     optimizer = SparseAdamW([layer.trainable], lr=0.05)
     layer(torch.ones(24)).sum().backward()
     optimizer.step()
@@ -202,9 +206,9 @@ def test_the_sparse_optimizer_writes_in_its_own_pass(dim, writes):
     assert len(writes) == 1, "the first forward's"
 
 
-@DIM
-def test_a_weight_changed_by_another_gets_the_slice_again(dim):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_a_weight_changed_by_another_gets_the_slice_again(kind):
+    layer, original = random_s2ft_module(kind)
     layer(torch.zeros(24))
     with torch.no_grad():
         layer.weight.copy_(original)  # as a broadcast of the base model would
@@ -234,29 +238,29 @@ def test_the_sparse_optimizer_between_forward_and_backward_is_noticed():
         y.sum().backward()
 
 
-@DIM
-def test_another_forward_in_between_does_no_harm(dim):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_another_forward_in_between_does_no_harm(kind):
+    layer, _ = random_s2ft_module(kind)
     x = torch.randn(3, 24, requires_grad=True)
     y = layer(x)
     with torch.no_grad():
         layer(x)
     layer.write()
     y.sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 24))
+    torch.testing.assert_close(x.grad, layer.oriented(layer.weight).sum(0).expand(3, 24))
 
 
-@DIM
-def test_layers_made_in_inference_mode_follow_their_slice_too(dim):
+@KIND
+def test_layers_made_in_inference_mode_follow_their_slice_too(kind):
     with torch.inference_mode():
-        layer, original = random_s2ft_module(dim)
+        layer, original = random_s2ft_module(kind)
         layer(torch.zeros(24))
         layer.trainable.mul_(2)
         layer(torch.zeros(24))
         assert_same_bits(layer.weight, weight_with_slice(layer, original))
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(
     "move",
@@ -268,8 +272,8 @@ def test_layers_made_in_inference_mode_follow_their_slice_too(dim):
     ],
     ids=["to", "double", "half", "parent"],
 )
-def test_another_dtype_rounds_the_original_and_keeps_the_slice(dim, move, merged):
-    layer, original = random_s2ft_module(dim)
+def test_another_dtype_rounds_the_original_and_keeps_the_slice(kind, move, merged):
+    layer, original = random_s2ft_module(kind)
     layer(torch.zeros(24))
     if merged:
         layer.merge()
@@ -279,7 +283,7 @@ def test_another_dtype_rounds_the_original_and_keeps_the_slice(dim, move, merged
     y = layer(torch.eye(24, dtype=dtype))
     assert layer.original.dtype == dtype and layer.indices.dtype == torch.int64 and layer.merged == merged
     assert_same_bits(layer.weight.detach(), expected)
-    assert_same_bits(y.detach(), nn.functional.linear(torch.eye(24, dtype=dtype), expected, layer.bias))
+    assert_same_bits(y.detach(), nn.functional.linear(torch.eye(24, dtype=dtype), layer.oriented(expected), layer.bias))
     if merged:
         layer.unmerge()
     layer.restore_weight()
@@ -291,18 +295,18 @@ def test_another_dtype_rounds_the_original_and_keeps_the_slice(dim, move, merged
         assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original.to(dtype)))
 
 
-@DIM
-def test_half_precision_and_back_loses_what_half_precision_loses(dim):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_half_precision_and_back_loses_what_half_precision_loses(kind):
+    layer, original = random_s2ft_module(kind)
     layer.bfloat16().float()
     layer.restore_weight()
     assert_same_bits(layer.weight.detach(), original.bfloat16().float())
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("way", ["meta", "to_empty"])
-def test_a_layer_that_lost_its_memory_says_so_until_it_is_loaded(dim, way):
-    layer, original = random_s2ft_module(dim)
+def test_a_layer_that_lost_its_memory_says_so_until_it_is_loaded(kind, way):
+    layer, original = random_s2ft_module(kind)
     x = torch.randn(3, 24)
     expected, state = layer(x).detach(), copy.deepcopy(layer.state_dict())
     if way == "meta":

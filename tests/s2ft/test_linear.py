@@ -13,18 +13,18 @@ from peft_kernels import ops
 from ..support.accuracy import assert_accurate, assert_same_bits
 from ..support.layouts import LAYOUTS, laid_out
 from ..support.places import dtype_name, places, places_and_dtypes
-from ..support.s2ft_layer import DIMS, LAYER_OPERATORS, TENSORS, dense_results, random_s2ft_layer, results
+from ..support.s2ft_layer import KINDS, LAYER_OPERATORS, TENSORS, dense_results, parted, random_s2ft_layer, results
 
 EVERYWHERE = pytest.mark.parametrize(("place", "dtype"), places_and_dtypes(*LAYER_OPERATORS))
 EACH_BACKEND = pytest.mark.parametrize("place", places(*LAYER_OPERATORS))
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def check(layer, place, grad_out=None, **options):
     """Holds y and all gradients of a call to the accuracy rule."""
     layer = layer.training(*TENSORS)
     if grad_out is None:
-        shape = (*layer.x.shape[:-1], layer.weight.shape[0])
+        shape = (*layer.x.shape[:-1], layer.oriented(layer.weight).shape[0])
         grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(layer.x.dtype).to(place.device)
     with peft_kernels.use_backend(place.backend):
         found = results(layer, grad_out, **options)
@@ -35,51 +35,51 @@ def check(layer, place, grad_out=None, **options):
 
 
 @EVERYWHERE
-@DIM
+@KIND
 @pytest.mark.parametrize("leading", [(), (1,), (33,), (2, 3, 4), (0,), (2, 0, 3)], ids=str)
-def test_any_number_of_leading_dimensions(place, dtype, dim, leading):
+def test_any_number_of_leading_dimensions(place, dtype, kind, leading):
     for bias in (False, True):
-        check(random_s2ft_layer(dim, leading, dtype=dtype, bias=bias, device=place.device), place)
+        check(random_s2ft_layer(kind, leading, dtype=dtype, bias=bias, device=place.device), place)
 
 
 @EVERYWHERE
-@DIM
-def test_sizes(place, dtype, dim):
+@KIND
+def test_sizes(place, dtype, kind):
     for in_features, out_features in [(1, 1), (1, 40), (40, 1), (7, 129), (129, 7), (64, 64), (100, 257)]:
-        count = max(1, (in_features if dim == "input" else out_features) // 10)
-        check(random_s2ft_layer(dim, (17,), in_features, out_features, count, dtype, device=place.device), place)
+        count = max(1, (in_features if parted(kind)[0] == "input" else out_features) // 10)
+        check(random_s2ft_layer(kind, (17,), in_features, out_features, count, dtype, device=place.device), place)
 
 
 @EVERYWHERE
-@DIM
+@KIND
 @pytest.mark.parametrize("count", [0, 1, 19, 20])
-def test_from_no_channel_to_all_of_them(place, dtype, dim, count):
-    check(random_s2ft_layer(dim, (9,), 20, 20, count=count, dtype=dtype, device=place.device), place)
+def test_from_no_channel_to_all_of_them(place, dtype, kind, count):
+    check(random_s2ft_layer(kind, (9,), 20, 20, count=count, dtype=dtype, device=place.device), place)
 
 
 @pytest.mark.parametrize(
     ("place", "dtype"), places_and_dtypes(*LAYER_OPERATORS, dtypes=(torch.float32, torch.bfloat16, torch.float16))
 )
-@DIM
+@KIND
 @pytest.mark.parametrize("trainable_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
-def test_trainable_of_another_dtype(place, dtype, dim, trainable_dtype):
-    check(random_s2ft_layer(dim, (29,), dtype=dtype, trainable_dtype=trainable_dtype, device=place.device), place)
+def test_trainable_of_another_dtype(place, dtype, kind, trainable_dtype):
+    check(random_s2ft_layer(kind, (29,), dtype=dtype, trainable_dtype=trainable_dtype, device=place.device), place)
 
 
 @EVERYWHERE
-@DIM
+@KIND
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_strides(place, dtype, dim, layout):
-    layer = random_s2ft_layer(dim, (2, 5), dtype=dtype, device=place.device)
+def test_strides(place, dtype, kind, layout):
+    layer = random_s2ft_layer(kind, (2, 5), dtype=dtype, device=place.device)
     for name in ("x", "trainable", "all"):
         check(layer.map(lambda t, n=name: laid_out(t, layout) if n == "all" or t is getattr(layer, n) else t), place)
 
 
 @EVERYWHERE
-@DIM
+@KIND
 @pytest.mark.parametrize("layout", [*LAYOUTS[1:], "expanded"])
-def test_strides_of_the_incoming_gradient(place, dtype, dim, layout):
-    layer = random_s2ft_layer(dim, (3, 7), dtype=dtype, device=place.device)
+def test_strides_of_the_incoming_gradient(place, dtype, kind, layout):
+    layer = random_s2ft_layer(kind, (3, 7), dtype=dtype, device=place.device)
     grad_out = torch.randn(3, 7, 20).to(dtype).to(place.device)
     one = torch.ones_like(grad_out[:1, :1, :1])  # `y.sum().backward()` hands back one number with strides of zero
     check(layer, place, one.expand(3, 7, 20) if layout == "expanded" else laid_out(grad_out, layout))
@@ -126,20 +126,20 @@ def test_a_block_with_swiglu_in_front(place, dtype):
 
 
 @EVERYWHERE
-@DIM
-def test_forward_is_that_of_the_frozen_layer_to_the_bit(place, dtype, dim):
-    layer = random_s2ft_layer(dim, (3, 5), dtype=dtype, device=place.device)
-    expected = torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
+@KIND
+def test_forward_is_that_of_the_frozen_layer_to_the_bit(place, dtype, kind):
+    layer = random_s2ft_layer(kind, (3, 5), dtype=dtype, device=place.device)
+    expected = torch.nn.functional.linear(layer.x, layer.oriented(layer.weight), layer.bias)
     with peft_kernels.use_backend(place.backend):
         assert_same_bits(layer(), expected)
         assert_same_bits(layer.training("trainable")().detach(), expected)
 
 
 @EVERYWHERE
-@DIM
-def test_the_gradient_does_not_depend_on_what_trainable_holds(place, dtype, dim):
+@KIND
+def test_the_gradient_does_not_depend_on_what_trainable_holds(place, dtype, kind):
     # The slice is in weight already; what is in trainable must not be added once more.
-    layer = random_s2ft_layer(dim, dtype=dtype, device=place.device)
+    layer = random_s2ft_layer(kind, dtype=dtype, device=place.device)
     with peft_kernels.use_backend(place.backend):
         one = results(layer.training("x", "trainable"))
         other = results(replace(layer, trainable=1000 * layer.trainable).training("x", "trainable"))
@@ -148,9 +148,9 @@ def test_the_gradient_does_not_depend_on_what_trainable_holds(place, dtype, dim)
 
 
 @EVERYWHERE
-@DIM
-def test_no_argument_is_modified_and_the_bits_are_the_same_from_run_to_run(place, dtype, dim):
-    layer = random_s2ft_layer(dim, (300,), 140, 130, 9, dtype, device=place.device).training(*TENSORS)
+@KIND
+def test_no_argument_is_modified_and_the_bits_are_the_same_from_run_to_run(place, dtype, kind):
+    layer = random_s2ft_layer(kind, (300,), 140, 130, 9, dtype, device=place.device).training(*TENSORS)
     before = {name: tensor.detach().clone() for name, tensor in layer.tensors().items()}
     indices, grad_out = layer.indices.clone(), torch.randn(300, 130).to(dtype).to(place.device)
     grad_before = grad_out.clone()
@@ -165,13 +165,13 @@ def test_no_argument_is_modified_and_the_bits_are_the_same_from_run_to_run(place
 
 
 @EACH_BACKEND
-@DIM
-def test_backward_writes_the_slice_again_where_the_weight_was_gathered_anew(place, dim):
+@KIND
+def test_backward_writes_the_slice_again_where_the_weight_was_gathered_anew(place, kind):
     # What FSDP does: forward's weight goes, backward's comes from the shards and does not hold what trains.
-    layer = random_s2ft_layer(dim, (5,), device=place.device).training("x", "trainable")
+    layer = random_s2ft_layer(kind, (5,), device=place.device).training("x", "trainable")
     with peft_kernels.use_backend(place.backend):
         y = layer(rewrite=True)
-        expected = torch.ones_like(y) @ layer.weight
+        expected = torch.ones_like(y) @ layer.oriented(layer.weight)
         with torch.autograd._unsafe_preserve_version_counter(layer.weight):
             layer.weight.index_fill_(layer.along(), layer.indices, 7.0)
         (dx,) = torch.autograd.grad(y, layer.x, torch.ones_like(y))

@@ -6,24 +6,23 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.optim import SparseAdamW
 
 from ..support.accuracy import assert_same_bits
-from ..support.s2ft_layer import DIMS
-from ..support.s2ft_module import random_s2ft_module, weight_with_slice
+from ..support.s2ft_layer import KINDS
+from ..support.s2ft_module import plain_layer, random_s2ft_module, weight_with_slice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("written", [False, True])
-def test_a_merged_layer_computes_the_same_bits_and_unmerges_to_the_bit(dim, dtype, written):
-    layer, original = random_s2ft_module(dim, dtype)
+def test_a_merged_layer_computes_the_same_bits_and_unmerges_to_the_bit(kind, dtype, written):
+    layer, original = random_s2ft_module(kind, dtype)
     parameter, x = layer.weight, torch.randn(5, 24).to(dtype)
     expected = copy.deepcopy(layer)(x)
     if written:
@@ -38,9 +37,9 @@ def test_a_merged_layer_computes_the_same_bits_and_unmerges_to_the_bit(dim, dtyp
     assert_same_bits(layer(x).detach(), expected.detach())
 
 
-@DIM
-def test_merging_twice_and_unmerging_twice_warn_and_change_nothing(dim):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_merging_twice_and_unmerging_twice_warn_and_change_nothing(kind):
+    layer, original = random_s2ft_module(kind)
     with pytest.warns(UserWarning, match="not merged; nothing to do"):
         layer.unmerge()
     layer.merge()
@@ -49,9 +48,9 @@ def test_merging_twice_and_unmerging_twice_warn_and_change_nothing(dim):
     assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
 
 
-@DIM
-def test_a_merged_layer_passes_gradients_to_its_input_and_bias_only(dim):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_a_merged_layer_passes_gradients_to_its_input_and_bias_only(kind):
+    layer, _ = random_s2ft_module(kind)
     layer.bias.requires_grad_(True)
     layer.merge()
     x = torch.randn(3, 24, requires_grad=True)
@@ -59,9 +58,9 @@ def test_a_merged_layer_passes_gradients_to_its_input_and_bias_only(dim):
     assert x.grad is not None and layer.bias.grad is not None and layer.trainable.grad is None
 
 
-@DIM
-def test_a_step_on_a_merged_layer_does_not_touch_its_weight(dim):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_a_step_on_a_merged_layer_does_not_touch_its_weight(kind):
+    layer, original = random_s2ft_module(kind)
     layer(torch.ones(24)).sum().backward()
     layer.merge()
     merged, before = layer.weight.detach().clone(), layer.trainable.detach().clone()
@@ -75,10 +74,10 @@ def test_a_step_on_a_merged_layer_does_not_touch_its_weight(dim):
     assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
 
 
-@DIM
-def test_loading_into_a_merged_layer_merges_anew(dim):
-    layer, _ = random_s2ft_module(dim, seed=1)
-    other, original = random_s2ft_module(dim, seed=2)
+@KIND
+def test_loading_into_a_merged_layer_merges_anew(kind):
+    layer, _ = random_s2ft_module(kind, seed=1)
+    other, original = random_s2ft_module(kind, seed=2)
     layer.merge()
     layer.load_state_dict(other.state_dict())
     assert layer.merged
@@ -87,19 +86,20 @@ def test_loading_into_a_merged_layer_merges_anew(dim):
     assert_same_bits(layer.weight.detach(), original)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("merge", [False, True])
-def test_to_linear_gives_a_plain_layer_with_the_same_parameters(dim, merged, merge):
-    layer, original = random_s2ft_module(dim)
+def test_to_linear_gives_a_plain_layer_with_the_same_parameters(kind, merged, merge):
+    layer, original = random_s2ft_module(kind)
     layer.eval()
     layer.note = "kept"
     if merged:
         layer.merge()
     linear = layer.to_linear(merge=merge)
-    assert type(linear) is nn.Linear and linear.weight is layer.weight and linear.bias is layer.bias
+    plain = plain_layer(layer.transposed)
+    assert type(linear) is type(plain) and linear.weight is layer.weight and linear.bias is layer.bias
     assert not linear.training and linear.note == "kept" and list(linear.state_dict()) == ["weight", "bias"]
-    assert set(linear.__dict__) == set(nn.Linear(2, 2).__dict__) | {"note"}
+    assert set(linear.__dict__) == set(plain.__dict__) | {"note"}
     assert_same_bits(linear.weight.detach(), weight_with_slice(layer, original) if merge else original)
 
 

@@ -9,15 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from peft_kernels.nn import LoRALinear, S2FTLinear, SparseDeltaLinear
+from peft_kernels.nn import LoRALinear, S2FTConv1D, S2FTLinear, SparseDeltaLinear
 from peft_kernels.optim import SparseAdamW
 
 from ..support.accuracy import assert_same_bits
-from ..support.s2ft_layer import DIMS
-from ..support.s2ft_module import COUNT, random_s2ft_module, slice_of, weight_with_slice
+from ..support.s2ft_layer import DIMS, KINDS, parted
+from ..support.s2ft_module import (
+    COUNT,
+    Conv1D,
+    drop_in,
+    plain_layer,
+    random_s2ft_module,
+    slice_of,
+    weight_with_slice,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
+LAYER = pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
 COPIES = pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
 )
@@ -27,38 +37,39 @@ def channels(*numbers, dtype=torch.int64):
     return torch.tensor(numbers, dtype=dtype)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 24), (0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_formula(dim, shape, bias):
-    layer, original = random_s2ft_module(dim, torch.float64, bias=bias)
+def test_forward_is_the_formula(kind, shape, bias):
+    layer, original = random_s2ft_module(kind, torch.float64, bias=bias)
     x = torch.randn(shape, dtype=torch.float64)
-    expected = nn.functional.linear(x, weight_with_slice(layer, original), layer.bias)
+    expected = nn.functional.linear(x, layer.oriented(weight_with_slice(layer, original)), layer.bias)
     torch.testing.assert_close(layer(x), expected)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_those_of_the_dense_layer(dim, dtype):
-    layer, original = random_s2ft_module(dim, dtype)
+def test_gradients_are_those_of_the_dense_layer(kind, dtype):
+    layer, original = random_s2ft_module(kind, dtype)
     x = torch.randint(-3, 4, (2, 3, 24)).to(dtype)  # products and sums of small integers are exact
     y = torch.randint(-3, 4, (2, 3, 20)).to(dtype)
     weight = weight_with_slice(layer, original).requires_grad_()
     found_x, expected_x = (x.clone().requires_grad_() for _ in range(2))
     layer(found_x).backward(y)
-    nn.functional.linear(expected_x, weight, layer.bias).backward(y)
+    nn.functional.linear(expected_x, layer.oriented(weight), layer.bias).backward(y)
     assert_same_bits(layer.trainable.grad.to(dtype), slice_of(layer, weight.grad))
     torch.testing.assert_close(found_x.grad, expected_x.grad)
     assert layer.weight.grad is None and layer.bias.grad is None
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_new_layer_computes_what_its_linear_does(dim, dtype):
-    linear = nn.Linear(24, 20, dtype=dtype)
+def test_a_new_layer_computes_what_its_linear_does(kind, dtype):
+    dim, transposed = parted(kind)
+    linear = plain_layer(transposed, dtype=dtype)
     weight, x = linear.weight.detach().clone(), torch.randn(3, 24).to(dtype)
     expected = linear(x)
-    layer = S2FTLinear.from_linear(linear, ratio=0.25, dim=dim)
+    layer = drop_in(transposed).from_linear(linear, ratio=0.25, dim=dim)
     assert_same_bits(layer(x).detach(), expected.detach())
     assert_same_bits(layer.weight.detach(), weight)
     assert layer.num_channels == layer.channels // 4 == (6 if dim == "input" else 5)
@@ -67,11 +78,12 @@ def test_a_new_layer_computes_what_its_linear_does(dim, dtype):
     assert not layer.change().any()
 
 
-def test_from_linear_shares_and_freezes_the_parameters():
-    linear = nn.Linear(24, 20).eval()
+@LAYER
+def test_from_linear_shares_and_freezes_the_parameters(transposed):
+    linear = plain_layer(transposed).eval()
     linear.note = "kept"
     weight, bias = linear.weight, linear.bias
-    layer = S2FTLinear.from_linear(linear, num_channels=5)
+    layer = drop_in(transposed).from_linear(linear, num_channels=5)
     assert layer.weight is weight and layer.bias is bias
     assert not weight.requires_grad and not bias.requires_grad
     assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["trainable"]
@@ -80,17 +92,19 @@ def test_from_linear_shares_and_freezes_the_parameters():
     assert list(linear._parameters) == ["weight", "bias"] and not linear._buffers, "the linear layer got nothing new"
 
 
-def test_over_leaves_the_layer_as_it_is():
-    linear = nn.Linear(24, 20)
-    layer = S2FTLinear.over(linear, num_channels=5)
+@LAYER
+def test_over_leaves_the_layer_as_it_is(transposed):
+    linear = plain_layer(transposed)
+    layer = drop_in(transposed).over(linear, num_channels=5)
     assert linear.weight.requires_grad and linear.bias.requires_grad and layer.weight is linear.weight
 
 
-def test_hooks_come_along_and_their_handles_remove_them():
-    linear = nn.Linear(24, 20)
+@LAYER
+def test_hooks_come_along_and_their_handles_remove_them(transposed):
+    linear = plain_layer(transposed)
     seen = []
     handle = linear.register_forward_hook(lambda module, args, output: seen.append(output))
-    layer = S2FTLinear.from_linear(linear, num_channels=5)
+    layer = drop_in(transposed).from_linear(linear, num_channels=5)
     y = layer(torch.randn(3, 24))
     assert len(seen) == 1 and seen[0] is y
     handle.remove()
@@ -108,7 +122,11 @@ class Subclass(nn.Linear):
     """Could compute anything."""
 
 
-def transposed(linear):
+class ConvSubclass(Conv1D):
+    """Could compute anything, too."""
+
+
+def of_other_strides(linear):
     linear.weight = nn.Parameter(torch.zeros(6, 4).t())
 
 
@@ -125,10 +143,11 @@ def whole_numbers(linear):
         (lambda: SparseDeltaLinear(4, 4, num_deltas=1), "SparseDeltaLinear, whose own forward would be lost"),
         (lambda: S2FTLinear(4, 4, num_channels=1), "S2FTLinear, whose own forward would be lost"),
         (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), "its weight is parametrized"),
-        (lambda: changed(transposed), r"its weight is not contiguous \(strides \[1, 4\]\)"),
+        (lambda: changed(of_other_strides), r"its weight is not contiguous \(strides \[1, 4\]\)"),
         (lambda: changed(whole_numbers), "its weight is int32"),
         (lambda: changed(lambda linear: setattr(linear, "forward", abs)), "its forward is replaced on the instance"),
         (lambda: changed(lambda linear: linear._register_state_dict_hook(print)), "it has state_dict hooks"),
+        (lambda: Conv1D(4, 6), "Conv1D, not an nn.Linear"),
     ],
 )
 def test_what_cannot_be_replaced_is_refused_with_the_reason(make, message):
@@ -137,6 +156,32 @@ def test_what_cannot_be_replaced_is_refused_with_the_reason(make, message):
     with pytest.raises(TypeError, match=message):
         S2FTLinear.from_linear(linear, num_channels=1)
     assert [parameter.requires_grad for parameter in linear.parameters()] == before
+
+
+def conv1d_with(weight):
+    layer = Conv1D(4, 6)
+    layer.weight = nn.Parameter(weight, weight.is_floating_point())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(4, 4), "it is a nn.Linear, not a Conv1D"),
+        (lambda: nn.Conv1d(4, 4, 1), "it is a nn.Conv1d, not a Conv1D"),
+        (lambda: ConvSubclass(4, 6), "ConvSubclass, whose own forward would be lost"),
+        (lambda: random_s2ft_module("input of Conv1D")[0], "S2FTConv1D, whose own forward would be lost"),
+        (lambda: conv1d_with(torch.zeros(4, 6)), "Conv1D, not a Conv1D"),
+        (lambda: conv1d_with(torch.zeros(4, 6).t()), r"its weight is not contiguous \(strides \[1, 6\]\)"),
+        (lambda: conv1d_with(torch.zeros(6, 4).int()), "its weight is int32"),
+        (lambda: nn.utils.parametrizations.orthogonal(Conv1D(4, 4)), "Conv1D, not a Conv1D"),
+    ],
+)
+def test_what_is_no_plain_conv1d_is_refused_with_the_reason(make, message):
+    with pytest.raises(TypeError, match=f"S2FTConv1D cannot replace this layer: .*{message}"):
+        S2FTConv1D.from_linear(make(), num_channels=1)
+    with pytest.raises(TypeError, match="S2FTConv1D is made over a Conv1D that exists"):
+        S2FTConv1D()
 
 
 BAD_OPTIONS = [
@@ -162,10 +207,10 @@ BAD_OPTIONS = [
 def test_bad_hyperparameters_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         S2FTLinear(6, 4, **options)
-    linear = nn.Linear(6, 4)
-    with pytest.raises(ValueError, match=message):
-        S2FTLinear.from_linear(linear, **options)
-    assert linear.weight.requires_grad
+    for linear, kind in ((nn.Linear(6, 4), S2FTLinear), (plain_layer(True, 6, 4), S2FTConv1D)):
+        with pytest.raises(ValueError, match=message):
+            kind.from_linear(linear, **options)
+        assert linear.weight.requires_grad
 
 
 BAD_CHANNELS = [
@@ -181,14 +226,15 @@ BAD_CHANNELS = [
 ]
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize(("indices", "error", "message"), BAD_CHANNELS)
-def test_bad_channels_are_refused_and_nothing_changes(dim, indices, error, message):
-    linear = nn.Linear(6, 6)
+def test_bad_channels_are_refused_and_nothing_changes(kind, indices, error, message):
+    dim, transposed = parted(kind)
+    linear = plain_layer(transposed, 6, 6)
     with pytest.raises(error, match=message):
-        S2FTLinear.from_linear(linear, indices, dim)
+        drop_in(transposed).from_linear(linear, indices, dim)
     assert linear.weight.requires_grad
-    layer, original = random_s2ft_module(dim, in_features=6, out_features=6, num_channels=3)
+    layer, original = random_s2ft_module(kind, in_features=6, out_features=6, num_channels=3)
     layer(torch.zeros(6))
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(error, match=message):
@@ -206,17 +252,18 @@ def test_channels_and_a_count_at_once_are_refused():
             S2FTLinear.from_linear(nn.Linear(6, 4), channels(1), **more)
 
 
-@DIM
-def test_given_channels_train_and_no_other(dim):
-    linear = nn.Linear(6, 4)
+@KIND
+def test_given_channels_train_and_no_other(kind):
+    dim, transposed = parted(kind)
+    linear = plain_layer(transposed, 6, 4)
     weight = linear.weight.detach().clone()
-    layer = S2FTLinear.from_linear(linear, channels(0, 3), dim)
+    layer = drop_in(transposed).from_linear(linear, channels(0, 3), dim)
     with torch.no_grad():
         layer.trainable.add_(1.0)
     layer(torch.zeros(6))
     axis = 1 if dim == "input" else 0
     expected = torch.zeros(4, 6).index_fill(axis, channels(0, 3), 1.0)
-    torch.testing.assert_close(layer.weight.detach() - weight, expected)
+    torch.testing.assert_close(layer.oriented(layer.weight.detach() - weight), expected)
     torch.testing.assert_close(layer.change(), torch.ones_like(layer.trainable))
 
 
@@ -257,11 +304,12 @@ def test_one_seed_gives_one_choice_and_leaves_torch_alone(dim, ratio, count):
     assert abs(first.double().mean() - 199.5) < 5 * 400 / (12 * count) ** 0.5, "drawn evenly"
 
 
-@DIM
-def test_all_channels_train_as_the_dense_layer_does(dim):
-    linear = nn.Linear(6, 4).double()
+@KIND
+def test_all_channels_train_as_the_dense_layer_does(kind):
+    dim, transposed = parted(kind)
+    linear = plain_layer(transposed, 6, 4).double()
     dense = copy.deepcopy(linear)
-    layer = S2FTLinear.from_linear(linear, ratio=1.0, dim=dim)
+    layer = drop_in(transposed).from_linear(linear, ratio=1.0, dim=dim)
     x = torch.randn(5, 6, dtype=torch.float64)
     ours, theirs = torch.optim.SGD([layer.trainable], lr=0.1), torch.optim.SGD([dense.weight], lr=0.1)
     for _ in range(5):
@@ -273,20 +321,20 @@ def test_all_channels_train_as_the_dense_layer_does(dim):
     torch.testing.assert_close(layer.weight, dense.weight)
 
 
-@DIM
-def test_a_layer_with_no_channels_is_the_frozen_one(dim):
-    layer = S2FTLinear(24, 20, num_channels=0, dim=dim)
+@KIND
+def test_a_layer_with_no_channels_is_the_frozen_one(kind):
+    layer, _ = random_s2ft_module(kind, num_channels=0)
     x = torch.randn(3, 24, requires_grad=True)
     optimizer = SparseAdamW([layer.trainable])
     layer(x).sum().backward()
     optimizer.step()
-    assert layer.trainable.grad.shape == ((20, 0) if dim == "input" else (0, 24))
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 24))
+    assert layer.oriented(layer.trainable.grad).shape == ((20, 0) if layer.dim == "input" else (0, 24))
+    torch.testing.assert_close(x.grad, layer.oriented(layer.weight).sum(0).expand(3, 24))
 
 
-@DIM
-def test_gradients_accumulate_exactly_over_calls_and_backward_passes(dim):
-    layer, _ = random_s2ft_module(dim, torch.float64)
+@KIND
+def test_gradients_accumulate_exactly_over_calls_and_backward_passes(kind):
+    layer, _ = random_s2ft_module(kind, torch.float64)
     x, y = torch.randint(-3, 4, (2, 3, 24)).double()
     direction = torch.randint(-3, 4, (20,)).double()  # sums of small integers are exact
     (layer(torch.cat([x, y])) @ direction).sum().backward()
@@ -301,18 +349,18 @@ def test_gradients_accumulate_exactly_over_calls_and_backward_passes(dim):
     assert_same_bits(layer.trainable.grad, together)
 
 
-@DIM
-def test_a_frozen_slice_gets_no_gradient(dim):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_a_frozen_slice_gets_no_gradient(kind):
+    layer, _ = random_s2ft_module(kind)
     layer.trainable.requires_grad_(False)
     x = torch.randn(3, 24, requires_grad=True)
     layer(x).sum().backward()
     assert layer.trainable.grad is None and x.grad is not None
 
 
-@DIM
-def test_a_trained_bias_gets_its_gradient(dim):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_a_trained_bias_gets_its_gradient(kind):
+    layer, _ = random_s2ft_module(kind)
     layer.bias.requires_grad_(True)
     layer(torch.randn(3, 24)).sum().backward()
     torch.testing.assert_close(layer.bias.grad, torch.full((20,), 3.0))
@@ -331,11 +379,11 @@ def test_columns_that_somebody_has_already_are_used_as_they_are():
 
 
 @COPIES
-@DIM
+@KIND
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("merged", [False, True])
-def test_copies_compute_the_same_and_share_nothing(dim, copied, written, merged):
-    layer, original = random_s2ft_module(dim)
+def test_copies_compute_the_same_and_share_nothing(kind, copied, written, merged):
+    layer, original = random_s2ft_module(kind)
     x = torch.randn(3, 24)
     if written:
         layer(x)
@@ -343,7 +391,7 @@ def test_copies_compute_the_same_and_share_nothing(dim, copied, written, merged)
         layer.merge()
     twin = copied(layer)
     expected = layer(x).detach()
-    assert twin.merged == merged and twin.dim == dim
+    assert twin.merged == merged and twin.dim == layer.dim
     assert_same_bits(twin(x).detach(), expected)
     if merged:
         twin.unmerge()
@@ -356,9 +404,9 @@ def test_copies_compute_the_same_and_share_nothing(dim, copied, written, merged)
     assert_same_bits(twin.weight.detach(), original)
 
 
-@DIM
-def test_set_slice_moves_the_slice_and_restores_where_it_was(dim):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_set_slice_moves_the_slice_and_restores_where_it_was(kind):
+    layer, original = random_s2ft_module(kind)
     layer(torch.zeros(24))
     parameter, before = layer.trainable, layer.indices.clone()
     free = torch.ones(layer.channels, dtype=torch.bool).index_fill(0, layer.indices, False)
@@ -383,9 +431,9 @@ def test_channels_and_slices_that_were_given_stay_the_caller_s():
     assert indices.tolist() == [0, 2, 5] and moved.tolist() == [1, 2, 3] and bool((trainable == 1).all())
 
 
-@DIM
-def test_set_slice_refuses_what_does_not_fit_and_changes_nothing(dim):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_set_slice_refuses_what_does_not_fit_and_changes_nothing(kind):
+    layer, _ = random_s2ft_module(kind)
     layer(torch.zeros(24))
     before = copy.deepcopy(layer.state_dict())
     for arguments, message in (
@@ -401,11 +449,11 @@ def test_set_slice_refuses_what_does_not_fit_and_changes_nothing(dim):
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-@DIM
-def test_read_original_takes_a_weight_changed_by_hand(dim):
-    layer, _ = random_s2ft_module(dim)
+@KIND
+def test_read_original_takes_a_weight_changed_by_hand(kind):
+    layer, _ = random_s2ft_module(kind)
     layer.restore_weight()
-    other = torch.randn(20, 24)
+    other = torch.randn(layer.weight.shape)
     with torch.no_grad():
         layer.weight.copy_(other)
     layer.read_original()
@@ -454,3 +502,5 @@ def test_repr_says_what_the_layer_is(dim):
     assert repr(layer) == expected
     layer.merge()
     assert repr(layer) == expected[:-1] + ", merged=True)"
+    conv1d, _ = random_s2ft_module(f"{dim} of Conv1D")
+    assert repr(conv1d) == f"S2FTConv1D(nf=20, nx=24, dim='{dim}', num_channels=5)"

@@ -12,11 +12,11 @@ from torch import nn
 from peft_kernels.optim import SparseAdamW, SparseSM3
 
 from ..support.accuracy import assert_same_bits
-from ..support.s2ft_layer import DIMS
+from ..support.s2ft_layer import KINDS
 from ..support.s2ft_module import MaskedDense, random_s2ft_module, slice_of, weight_with_slice
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.3}
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def assert_close_at_scale(actual, expected, units, what):
@@ -45,12 +45,12 @@ def train(module, optimizer, steps, dtype, parts=1, after_step=lambda: None):
     return losses
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("parts", [1, 3], ids=["whole batches", "accumulated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fifty_steps_are_those_of_torch_on_a_masked_dense_weight(dim, weight_decay, parts, dtype):
-    layer, original = random_s2ft_module(dim, dtype)
+def test_fifty_steps_are_those_of_torch_on_a_masked_dense_weight(kind, weight_decay, parts, dtype):
+    layer, original = random_s2ft_module(kind, dtype)
     dense, start = MaskedDense(layer), layer.trainable.detach().clone()
     options = {**OPTIONS, "weight_decay": weight_decay}
     ours = SparseAdamW([layer.trainable], **options)
@@ -85,10 +85,10 @@ TORCHS = {
 }
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("make", TORCHS.values(), ids=TORCHS.keys())
-def test_torch_s_optimizers_train_the_slice_as_they_train_it_in_a_dense_weight(dim, make):
-    layer, original = random_s2ft_module(dim, torch.float64)
+def test_torch_s_optimizers_train_the_slice_as_they_train_it_in_a_dense_weight(kind, make):
+    layer, original = random_s2ft_module(kind, torch.float64)
     dense, start = MaskedDense(layer), layer.trainable.detach().clone()
     found = train(layer, make([layer.trainable]), 20, torch.float64)
     expected = train(dense, make([dense.weight]), 20, torch.float64, after_step=dense.pin)
@@ -99,10 +99,10 @@ def test_torch_s_optimizers_train_the_slice_as_they_train_it_in_a_dense_weight(d
     assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("make", TORCHS.values(), ids=TORCHS.keys())
-def test_steps_that_no_backward_pass_has_announced_are_written(dim, make):
-    layer, original = random_s2ft_module(dim)
+def test_steps_that_no_backward_pass_has_announced_are_written(kind, make):
+    layer, original = random_s2ft_module(kind)
     optimizer = make([layer.trainable])
     for _ in range(3):
         layer(torch.zeros(24))
@@ -114,13 +114,13 @@ def test_steps_that_no_backward_pass_has_announced_are_written(dim, make):
         assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
 
 
-@DIM
-@pytest.mark.parametrize("kind", [SparseAdamW, torch.optim.AdamW])
-def test_fifty_steps_over_bfloat16_keep_a_float32_slice_rounded_once(dim, kind):
-    layer, original = random_s2ft_module(dim, torch.bfloat16)
+@KIND
+@pytest.mark.parametrize("optimizer", [SparseAdamW, torch.optim.AdamW])
+def test_fifty_steps_over_bfloat16_keep_a_float32_slice_rounded_once(kind, optimizer):
+    layer, original = random_s2ft_module(kind, torch.bfloat16)
     dense = MaskedDense(layer)
     assert layer.trainable.dtype == dense.weight.dtype == torch.float32
-    ours, theirs = kind([layer.trainable], **OPTIONS), torch.optim.AdamW([dense.weight], **OPTIONS)
+    ours, theirs = optimizer([layer.trainable], **OPTIONS), torch.optim.AdamW([dense.weight], **OPTIONS)
     generator = torch.Generator().manual_seed(6)
     for _ in range(50):  # the same gradient for both: bfloat16 forwards would round their ways apart
         gradient = torch.randn(layer.trainable.shape, generator=generator)
@@ -222,11 +222,11 @@ def test_a_copy_with_its_model_continues_exactly(copied):
         assert_same_bits(left.detach(), right.detach())
 
 
-@DIM
-def test_grad_scaler_unscales_and_skips(dim):
-    layer, original = random_s2ft_module(dim)
+@KIND
+def test_grad_scaler_unscales_and_skips(kind):
+    layer, original = random_s2ft_module(kind)
     optimizer, scaler = SparseAdamW([layer.trainable], lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    twin, _ = random_s2ft_module(dim)
+    twin, _ = random_s2ft_module(kind)
     reference = SparseAdamW([twin.trainable], lr=0.1)
     x = torch.ones(24)
     scaler.scale(layer(x).sum()).backward()
@@ -246,12 +246,12 @@ def test_grad_scaler_unscales_and_skips(dim):
     assert_same_bits(layer.weight.detach(), weight_with_slice(layer, original))
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_in_other_strides_make_the_same_step(dim, dtype):
+def test_gradients_in_other_strides_make_the_same_step(kind, dtype):
     results = []
     for order in (lambda g: g, lambda g: g.t().contiguous().t()):
-        layer, original = random_s2ft_module(dim, dtype)
+        layer, original = random_s2ft_module(kind, dtype)
         layer.write()
         layer.trainable.grad = order(torch.randn(layer.trainable.shape, generator=torch.Generator().manual_seed(1)))
         SparseAdamW([layer.trainable], lr=0.1).step()
@@ -260,9 +260,9 @@ def test_gradients_in_other_strides_make_the_same_step(dim, dtype):
     assert_same_bits(*results)
 
 
-@DIM
-def test_gradients_are_not_changed_and_parameters_without_one_are_left_alone(dim):
-    layer, other = random_s2ft_module(dim)[0], nn.Parameter(torch.ones(3))
+@KIND
+def test_gradients_are_not_changed_and_parameters_without_one_are_left_alone(kind):
+    layer, other = random_s2ft_module(kind)[0], nn.Parameter(torch.ones(3))
     optimizer = SparseAdamW([layer.trainable, other])
     other.grad = torch.ones(3)
     before = layer.trainable.detach().clone()

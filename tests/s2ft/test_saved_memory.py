@@ -10,8 +10,9 @@ import peft_kernels
 from peft_kernels import ops
 
 from ..support.places import places_and_dtypes
-from ..support.s2ft_layer import LAYER_OPERATORS, random_s2ft_layer
+from ..support.s2ft_layer import KINDS, LAYER_OPERATORS, random_s2ft_layer
 
+KIND = pytest.mark.parametrize("kind", KINDS)
 EVERYWHERE = pytest.mark.parametrize(("place", "dtype"), places_and_dtypes(*LAYER_OPERATORS))
 # The reference is a formula: it casts its operands.
 KERNELS = pytest.mark.parametrize(
@@ -36,8 +37,9 @@ def saved_by(call, named):
 @pytest.mark.parametrize("leading", [(3, 11), (40,)], ids=str)
 @pytest.mark.parametrize("count", [1, 5, 24])
 @pytest.mark.parametrize("trained", [("trainable",), ("x", "bias", "trainable")], ids="+".join)
-def test_input_channels_keep_their_columns_and_not_x(place, dtype, leading, count, trained):
-    layer = random_s2ft_layer("input", leading, count=count, dtype=dtype, device=place.device).training(*trained)
+@pytest.mark.parametrize("kind", ["input", "input of Conv1D"])
+def test_input_channels_keep_their_columns_and_not_x(place, dtype, leading, count, trained, kind):
+    layer = random_s2ft_layer(kind, leading, count=count, dtype=dtype, device=place.device).training(*trained)
     with peft_kernels.use_backend(place.backend):
         names, others = saved_by(layer, {**layer.tensors(), "indices": layer.indices})
     assert names == {"weight", "trainable", "indices"}
@@ -55,18 +57,19 @@ def test_a_given_slice_is_kept_by_reference(place, dtype):
 
 
 @EVERYWHERE
-def test_output_channels_keep_x(place, dtype):
-    layer = random_s2ft_layer("output", (3, 11), dtype=dtype, device=place.device).training("x", "trainable")
+@pytest.mark.parametrize("kind", ["output", "output of Conv1D"])
+def test_output_channels_keep_x(place, dtype, kind):
+    layer = random_s2ft_layer(kind, (3, 11), dtype=dtype, device=place.device).training("x", "trainable")
     with peft_kernels.use_backend(place.backend):
         names, others = saved_by(layer, {**layer.tensors(), "indices": layer.indices})
     assert names == {"x", "weight", "trainable", "indices"} and others == 0
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("dim", ["input", "output"])
+@KIND
 @pytest.mark.parametrize("trained", [("x",), ("bias",), ("x", "bias")], ids="+".join)
-def test_nothing_of_x_is_kept_while_trainable_and_weight_are_frozen(place, dtype, dim, trained):
-    layer = random_s2ft_layer(dim, (3, 11), dtype=dtype, device=place.device).training(*trained)
+def test_nothing_of_x_is_kept_while_trainable_and_weight_are_frozen(place, dtype, kind, trained):
+    layer = random_s2ft_layer(kind, (3, 11), dtype=dtype, device=place.device).training(*trained)
     with peft_kernels.use_backend(place.backend):
         names, others = saved_by(layer, {**layer.tensors(), "indices": layer.indices})
     assert "x" not in names and others == 0
@@ -105,9 +108,9 @@ class Largest(TorchDispatchMode):
 
 
 @KERNELS
-@pytest.mark.parametrize("dim", ["input", "output"])
-def test_nothing_of_the_weight_s_size_is_made(place, dtype, dim):
-    layer = random_s2ft_layer(dim, (4,), 300, 200, 3, dtype, device=place.device).training("x", "trainable")
+@KIND
+def test_nothing_of_the_weight_s_size_is_made(place, dtype, kind):
+    layer = random_s2ft_layer(kind, (4,), 300, 200, 3, dtype, device=place.device).training("x", "trainable")
     with peft_kernels.use_backend(place.backend), Largest() as largest:
         layer().sum().backward()
     assert 3 * 200 <= largest.numel <= 4 * 300, "x is the largest tensor there is, beside a weight of 60000"

@@ -132,7 +132,7 @@ def test_a_served_model_is_not_served_again_nor_switched():
     model, adapter = small(), SliceAdapter({"0": update([1])})
     slices.serve(model, {"a": adapter})
     for refused in (lambda: slices.serve(model, {"a": adapter}), lambda: slices.Switch(model).to(adapter)):
-        with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear, it is a ServedLinear"):
+        with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear or Conv1D, it is a ServedLinear"):
             refused()
 
 

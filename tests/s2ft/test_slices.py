@@ -58,7 +58,7 @@ def test_taking_from_a_merged_model_is_the_same(llama):
 
 
 def test_a_model_without_slices_has_no_adapter():
-    with pytest.raises(ValueError, match="model has no S2FTLinear layer; inject an S2FTConfig first"):
+    with pytest.raises(ValueError, match="model has no S2FTLinear or S2FTConv1D layer; inject an S2FTConfig first"):
         slices.take(small())
 
 
@@ -113,7 +113,7 @@ DAMAGE = {
     "a layer": (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(64, 32)}), "lm_head.weight"),
     "elsewhere": (
         lambda t: t.update({k.replace("layers.0", "layers.7"): t.pop(k) for k in list(t) if "layers.0.mlp.d" in k}),
-        "layers.7.mlp.down_proj must be a plain nn.Linear, it is missing",
+        "layers.7.mlp.down_proj must be a plain nn.Linear or Conv1D, it is missing",
     ),
 }
 
@@ -135,7 +135,9 @@ def test_other_files_and_models_are_refused(llama, tmp_path):
     with pytest.raises(ValueError, match="peft_type must be 'S2FT' for a S2FTConfig, got 'LORA'"):
         slices.read(tmp_path / "lora", llama())
     pk.save_adapter(trained(llama()), tmp_path / "s2ft")
-    with pytest.raises(ValueError, match=r"must be a plain nn\.Linear, it is a S2FTLinear; eject adapters first"):
+    with pytest.raises(
+        ValueError, match=r"must be a plain nn\.Linear or Conv1D, it is a S2FTLinear; eject adapters first"
+    ):
         slices.read(tmp_path / "s2ft", trained(llama()))
     wider = llama()
     wider.model.layers[0].mlp.down_proj = nn.Linear(48, 33)

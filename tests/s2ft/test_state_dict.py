@@ -13,10 +13,17 @@ from peft_kernels.nn import S2FTLinear
 from peft_kernels.optim import SparseAdamW
 
 from ..support.accuracy import assert_same_bits
-from ..support.s2ft_layer import DIMS
-from ..support.s2ft_module import COUNT, random_s2ft_module, slice_of, weight_with_slice
+from ..support.s2ft_layer import KINDS, parted
+from ..support.s2ft_module import (
+    COUNT,
+    drop_in,
+    plain_layer,
+    random_s2ft_module,
+    slice_of,
+    weight_with_slice,
+)
 
-DIM = pytest.mark.parametrize("dim", DIMS)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def assert_equal_layers(layer, other, original):
@@ -33,6 +40,12 @@ def assert_equal_layers(layer, other, original):
     assert_same_bits(layer.weight.detach(), original)
 
 
+def new_layer(kind, device):
+    """Nothing has been trained in it, and on the meta device it has no numbers either."""
+    dim, transposed = parted(kind)
+    return drop_in(transposed).from_linear(plain_layer(transposed).to(device), num_channels=COUNT, dim=dim)
+
+
 def through_a_file(state):
     file = io.BytesIO()
     torch.save(state, file)
@@ -40,11 +53,11 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("saved", ["written", "not_written", "restored", "merged"])
 @pytest.mark.parametrize("into", ["new", "trained", "merged", "meta", "assigned"])
-def test_round_trip(dim, saved, into):
-    layer, original = random_s2ft_module(dim, seed=1)
+def test_round_trip(kind, saved, into):
+    layer, original = random_s2ft_module(kind, seed=1)
     if saved != "not_written":
         layer(torch.zeros(24))
     if saved == "restored":
@@ -54,11 +67,11 @@ def test_round_trip(dim, saved, into):
     state = through_a_file(layer.state_dict())
     if saved == "merged":
         layer.unmerge()
-    other = S2FTLinear(24, 20, num_channels=COUNT, dim=dim, device="meta" if into == "meta" else None)
+    other = new_layer(kind, "meta" if into == "meta" else "cpu")
     if into == "meta":
         other.to_empty(device="cpu")
     if into == "trained":
-        other, _ = random_s2ft_module(dim, seed=2)
+        other, _ = random_s2ft_module(kind, seed=2)
         other(torch.zeros(24))
     if into == "merged":
         other.merge()
@@ -67,10 +80,10 @@ def test_round_trip(dim, saved, into):
     assert_equal_layers(other, layer, original)
 
 
-@DIM
-def test_a_meta_layer_may_take_the_tensors_themselves(dim):
-    layer, original = random_s2ft_module(dim, seed=1)
-    other = S2FTLinear(24, 20, num_channels=COUNT, dim=dim, device="meta")
+@KIND
+def test_a_meta_layer_may_take_the_tensors_themselves(kind):
+    layer, original = random_s2ft_module(kind, seed=1)
+    other = new_layer(kind, "meta")
     other.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
     assert_equal_layers(other, layer, original)
 
@@ -89,14 +102,14 @@ def test_an_empty_layer_is_not_filled_by_a_part():
             other(torch.zeros(24))
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("merged", [False, True])
-def test_loading_the_plain_layer_takes_the_slice_of_its_weight(dim, merged):
-    layer, _ = random_s2ft_module(dim)
+def test_loading_the_plain_layer_takes_the_slice_of_its_weight(kind, merged):
+    layer, _ = random_s2ft_module(kind)
     layer(torch.zeros(24))
     if merged:
         layer.merge()
-    indices, linear = layer.indices.clone(), nn.Linear(24, 20)
+    indices, linear = layer.indices.clone(), plain_layer(layer.transposed)
     result = layer.load_state_dict(linear.state_dict(), strict=False)
     assert sorted(result.missing_keys) == ["indices", "original", "trainable"]
     assert torch.equal(layer.indices, indices) and not layer.change().any()
@@ -106,15 +119,15 @@ def test_loading_the_plain_layer_takes_the_slice_of_its_weight(dim, merged):
     assert_same_bits(layer.weight.detach(), original)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("restored", [False, True])
-def test_the_plain_layer_loads_ours(dim, restored):
-    layer, original = random_s2ft_module(dim)
+def test_the_plain_layer_loads_ours(kind, restored):
+    layer, original = random_s2ft_module(kind)
     x = torch.randn(3, 24)
     expected = layer(x).detach()
     if restored:
         layer.restore_weight()
-    linear = nn.Linear(24, 20)
+    linear = plain_layer(layer.transposed)
     result = linear.load_state_dict(layer.state_dict(), strict=False)
     assert sorted(result.unexpected_keys) == ["indices", "original", "trainable"]
     assert_same_bits(linear.weight.detach(), original if restored else weight_with_slice(layer, original))
@@ -122,22 +135,22 @@ def test_the_plain_layer_loads_ours(dim, restored):
         assert_same_bits(linear(x).detach(), expected)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("assign", [False, True])
-def test_other_channels_move_the_slice(dim, assign):
-    layer, _ = random_s2ft_module(dim, seed=1)
-    other, original = random_s2ft_module(dim, seed=2)
+def test_other_channels_move_the_slice(kind, assign):
+    layer, _ = random_s2ft_module(kind, seed=1)
+    other, original = random_s2ft_module(kind, seed=2)
     assert not torch.equal(layer.indices, other.indices)
     layer(torch.zeros(24))
     layer.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
     assert_equal_layers(layer, other, original)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("names", [("trainable",), ("trainable", "indices")], ids="+".join)
-def test_an_adapter_s_part_leaves_the_weight_beside_it_alone(dim, names):
-    layer, original = random_s2ft_module(dim, seed=1)
-    other, _ = random_s2ft_module(dim, seed=2)
+def test_an_adapter_s_part_leaves_the_weight_beside_it_alone(kind, names):
+    layer, original = random_s2ft_module(kind, seed=1)
+    other, _ = random_s2ft_module(kind, seed=2)
     layer(torch.zeros(24))
     layer.load_state_dict({name: value for name, value in other.state_dict().items() if name in names}, strict=False)
     assert_same_bits(layer.trainable.detach(), other.trainable.detach())
@@ -147,10 +160,10 @@ def test_an_adapter_s_part_leaves_the_weight_beside_it_alone(dim, names):
     assert_same_bits(layer.weight.detach(), original)
 
 
-@DIM
-def test_another_dtype_of_the_file_is_converted_as_by_torch(dim):
-    layer, original = random_s2ft_module(dim)
-    other, _ = random_s2ft_module(dim, torch.bfloat16, seed=2)
+@KIND
+def test_another_dtype_of_the_file_is_converted_as_by_torch(kind):
+    layer, original = random_s2ft_module(kind)
+    other, _ = random_s2ft_module(kind, torch.bfloat16, seed=2)
     other.load_state_dict(layer.state_dict())
     other.restore_weight()
     assert_same_bits(other.weight.detach(), original.bfloat16())
@@ -188,15 +201,15 @@ def test_bad_states_are_refused_and_nothing_changes(case, strict):
     assert_same_bits(layer.weight.detach(), original)
 
 
-@DIM
+@KIND
 @pytest.mark.parametrize("swap", [False, True])
-def test_torch_may_swap_the_parameters(dim, swap):
+def test_torch_may_swap_the_parameters(kind, swap):
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
-        layer, original = random_s2ft_module(dim, seed=1)
+        layer, original = random_s2ft_module(kind, seed=1)
         layer(torch.zeros(24))
         layer.double()
-        other, _ = random_s2ft_module(dim, torch.float64, seed=2)
+        other, _ = random_s2ft_module(kind, torch.float64, seed=2)
         other(torch.zeros(24, dtype=torch.float64))
         other.load_state_dict(copy.deepcopy(layer.state_dict()))
     finally:

@@ -22,7 +22,7 @@ from ..support.slices import (
     update,
     with_change,
 )
-from .architectures import ARCHITECTURES, build, logits, roles
+from .architectures import build, every_architecture, logits, roles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -59,7 +59,7 @@ def test_a_switched_model_is_the_trained_one(llama, tokens, dtype, co_permute):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt2"])
+@every_architecture
 def test_every_architecture_switches_to_what_was_trained_co_permuted(name):
     def make():
         return build(name)
@@ -141,7 +141,7 @@ def test_an_adapter_s_second_turn_sees_what_has_become_of_the_model():
     switch.to(None)
     assert_same_bits(model[0].weight.detach(), before)
     model[0] = nn.Identity()
-    with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear, it is a Identity"):
+    with pytest.raises(ValueError, match=r"0 must be a plain nn\.Linear or Conv1D, it is a Identity"):
         switch.to(adapter)
 
 

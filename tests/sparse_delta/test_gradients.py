@@ -49,6 +49,17 @@ def test_every_choice_of_trained_tensors(place, names):
 
 
 @EACH_BACKEND
+@pytest.mark.parametrize("leading", [(6,), (2, 3), ()], ids=str)
+def test_the_result_may_be_changed_in_place(place, leading):
+    layer = random_sparse_layer(leading, device=place.device).training("x", "values")
+    with peft_kernels.use_backend(place.backend):
+        expected = torch.autograd.grad((layer() * 2).square().sum(), [layer.x, layer.values])
+        found = torch.autograd.grad(layer().mul_(2).square().sum(), [layer.x, layer.values])
+    for actual, gradient in zip(found, expected, strict=True):
+        assert_same_bits(actual, gradient)
+
+
+@EACH_BACKEND
 def test_nothing_trained_gives_no_graph(place):
     layer = random_sparse_layer(device=place.device)
     with peft_kernels.use_backend(place.backend):

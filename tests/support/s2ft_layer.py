@@ -1,6 +1,7 @@
 """S2FT layers to test with, and what they should compute: the dense layer, of whose gradient the slice is taken.
 
-Letters as everywhere: x `[..., K]`, weight `[N, K]`, trainable `[N, s]` (dim "input") or `[s, K]` (dim "output").
+Letters as everywhere: x `[..., K]`, weight `[N, K]`, trainable `[N, s]` (dim "input") or `[s, K]` (dim "output"); both
+transposed where the layer is a Conv1D.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ LAYER_OPERATORS = ("gather_columns", "slice_grad", "slice_write_")
 """What the layer calls; a backend serves it when it serves all of them."""
 TENSORS = ("x", "weight", "bias", "trainable")
 DIMS = ("input", "output")
+KINDS = (*DIMS, "input of Conv1D", "output of Conv1D")
+"""A dim, of an nn.Linear unless it says otherwise."""
+
+
+def parted(kind: str) -> tuple[str, bool]:
+    """The dim that a kind names, and whether weight is `[K, N]`."""
+    dim, _, layer = kind.partition(" of ")
+    return dim, layer == "Conv1D"
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class S2FTLayer:
     trainable: Tensor
     indices: Tensor
     dim: str
+    transposed: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Argument name to floating point tensor, without an absent bias."""
@@ -50,10 +60,15 @@ class S2FTLayer:
 
     def along(self) -> int:
         """The dimension of weight that channels are counted along."""
-        return 1 if self.dim == "input" else 0
+        return int((self.dim == "input") != self.transposed)
+
+    def oriented(self, part: Tensor) -> Tensor:
+        """A part of weight as it lies in `[N, K]`."""
+        return part.t() if self.transposed else part
 
     def call(self, function: Callable[..., Tensor], **options: Any) -> Tensor:
         """`function` of these arguments."""
+        options = {"transposed": True, **options} if self.transposed else options
         return function(self.x, self.weight, self.bias, self.trainable, self.indices, self.dim, **options)
 
     def __call__(self, **options: Any) -> Tensor:
@@ -62,7 +77,7 @@ class S2FTLayer:
 
 
 def random_s2ft_layer(
-    dim: str = "input",
+    kind: str = "input",
     leading: Iterable[int] = (7,),
     in_features: int = 24,
     out_features: int = 20,
@@ -79,11 +94,14 @@ def random_s2ft_layer(
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64) / max(fan_in, 1) ** 0.5
 
+    dim, transposed = parted(kind)
     along = 1 if dim == "input" else 0
     weight = normal(out_features, in_features, fan_in=in_features)
     indices = random_channels(weight.shape[along], count, generator)
     trainable_dtype = trainable_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     trainable = weight.index_select(along, indices).to(trainable_dtype)
+    if transposed:
+        along, weight, trainable = 1 - along, weight.t().contiguous(), trainable.t().contiguous()
     return S2FTLayer(
         x=normal(*leading, in_features).to(dtype).to(device),
         weight=weight.to(dtype).index_copy(along, indices, trainable.to(dtype)).to(device),
@@ -91,13 +109,14 @@ def random_s2ft_layer(
         trainable=trainable.to(device),
         indices=indices.to(device),
         dim=dim,
+        transposed=transposed,
     )
 
 
 def dense_results(layer: S2FTLayer, grad_out: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """y and all gradients of the dense layer in `dtype`, in PyTorch's own words; that of trainable is a slice."""
     dense = layer.map(lambda tensor: tensor.detach().to(dtype)).training(*TENSORS)
-    y = linear(dense.x, dense.weight, dense.bias)
+    y = linear(dense.x, dense.oriented(dense.weight), dense.bias)
     wanted = {name: tensor for name, tensor in dense.tensors().items() if name != "trainable"}
     found = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad_out.to(dtype)), strict=True))
     return {"y": y.detach(), **found, "trainable": found["weight"].index_select(layer.along(), layer.indices)}

@@ -71,8 +71,8 @@ def with_change(model, adapter):
 
 
 BAD_FOR_SMALL = {
-    "missing": ({"7": update([1])}, "7 must be a plain nn.Linear, it is missing; eject adapters first"),
-    "no linear": ({"1": update([1])}, "1 must be a plain nn.Linear, it is a Tanh"),
+    "missing": ({"7": update([1])}, "7 must be a plain nn.Linear or Conv1D, it is missing; eject adapters first"),
+    "no linear": ({"1": update([1])}, "1 must be a plain nn.Linear or Conv1D, it is a Tanh"),
     "another size": ({"0": update([1], shape=(8, 6))}, r"0 must have a weight \[8, 6\], as the adapter, got \[9, 6\]"),
 }
 """Updates that a `small` model cannot hold, and why."""
