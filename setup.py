@@ -205,6 +205,7 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
         "product_above.cpp",
         "s2ft.cpp",
         "sampled_product.cpp",
+        "slice_exchange.cpp",
         "slice_grad.cpp",
         "sorted_sets.cpp",
         "sparse_delta.cpp",

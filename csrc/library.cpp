@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def("slice_grad(Tensor grad_out, Tensor x, Tensor? indices, ScalarType dtype) -> Tensor");
   // weight[:, indices] = values [N, s] at dim 1, weight[indices, :] = values [s, K] at dim 0, rounded once.
   m.def("slice_write_(Tensor(a!) weight, Tensor indices, Tensor values, int dim) -> ()");
+  // weight[held_indices] = held, where given; then original = weight[indices] and weight[indices] = original + change.
+  m.def(
+      "slice_exchange_(Tensor(a!) weight, Tensor? held_indices, Tensor? held, Tensor indices, Tensor change, "
+      "Tensor(b!) original, int dim) -> ()");
   // One step of AdamW on trainable, a slice, and what slice_write_ does with the result.
   m.def(
       "slice_adamw_(Tensor(a!) trainable, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "

@@ -13,15 +13,20 @@
 namespace peft_kernels {
 
 // Some of `channels` channels. Returns how many.
-inline int64_t check_channels(const char* op, const Tensor& indices, int64_t channels, const Tensor& like) {
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, op, ": indices must be int64, got ", described(indices));
-  STD_TORCH_CHECK(indices.dim() == 1, op, ": indices must be 1-D, got ", described(indices));
-  check_device(op, "indices", indices, like);
-  check_contiguous(op, "indices", indices);
+inline int64_t check_channels(
+    const char* op, const char* name, const Tensor& indices, int64_t channels, const Tensor& like) {
   STD_TORCH_CHECK(
-      indices.numel() <= channels, op, ": indices must be at most as many as there are channels, ", channels, ", got ",
-      described(indices));
+      indices.scalar_type() == ScalarType::Long, op, ": ", name, " must be int64, got ", described(indices));
+  STD_TORCH_CHECK(indices.dim() == 1, op, ": ", name, " must be 1-D, got ", described(indices));
+  check_device(op, name, indices, like);
+  check_contiguous(op, name, indices);
+  STD_TORCH_CHECK(
+      indices.numel() <= channels, op, ": ", name, " must be at most as many as there are channels, ", channels,
+      ", got ", described(indices));
   return indices.numel();
+}
+inline int64_t check_channels(const char* op, const Tensor& indices, int64_t channels, const Tensor& like) {
+  return check_channels(op, "indices", indices, channels, like);
 }
 
 // grad_out [M, A] has been checked; x [M, B] and channels of grad_out follow it. Returns the rows of the result.
@@ -44,6 +49,30 @@ inline void check_slice(
   const int64_t count = check_channels(op, indices, weight.size(dim), weight);
   check_floating(op, name, values, takes_float64);
   check_shape(op, name, values, dim == 0 ? count : weight.size(0), dim == 0 ? weight.size(1) : count, weight);
+}
+
+// A slice in the weight's dtype.
+inline void check_bits_of_slice(
+    const char* op, const char* name, const Tensor& weight, const Tensor& indices, const Tensor& values, int64_t dim,
+    bool takes_float64) {
+  check_slice(op, name, weight, indices, values, dim, takes_float64);
+  STD_TORCH_CHECK(
+      values.scalar_type() == weight.scalar_type(), op, ": ", name, " must have weight's dtype, ",
+      dtype_name(weight.scalar_type()), ", got ", described(values));
+}
+
+inline void check_slice_exchange(
+    const char* op, const Tensor& weight, const std::optional<Tensor>& held_indices, const std::optional<Tensor>& held,
+    const Tensor& indices, const Tensor& change, const Tensor& original, int64_t dim, bool takes_float64) {
+  check_slice(op, "change", weight, indices, change, dim, takes_float64);
+  check_bits_of_slice(op, "original", weight, indices, original, dim, takes_float64);
+  check_contiguous(op, "original", original);
+  STD_TORCH_CHECK(
+      held.has_value() == held_indices.has_value(), op, ": ", held.has_value() ? "held_indices" : "held",
+      " must be given with ", held.has_value() ? "held" : "held_indices", ", got None");
+  if (!held.has_value()) return;
+  check_channels(op, "held_indices", *held_indices, weight.size(dim), weight);
+  check_bits_of_slice(op, "held", weight, *held_indices, *held, dim, takes_float64);
 }
 
 // The gradient and the moments of a trainable slice.

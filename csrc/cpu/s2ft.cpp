@@ -1,5 +1,5 @@
 // Slices of channels on the CPU: argument checks first, then copies and the kernels of s2ft_kernels.h in threads;
-// registration. Their gradient is in slice_grad.cpp.
+// registration. Their gradient is in slice_grad.cpp, the exchange of one for another in slice_exchange.cpp.
 #include "../common/slice_checks.h"
 #include "lora_checks.h"
 #include "slices.h"

@@ -6,8 +6,9 @@
 // of 32 bytes of each that stands alone: 113 MB at M = 8192 and 430 channels, 38 us of an H100's memory [calculated].
 // slice_write_ reads the values, 4 per entry in float, and writes e; slice_adamw_ reads 16 and writes 12 + e per entry
 // (value, gradient and two moments in float). At dim 0 the weight is written in runs, at dim 1 a lone channel costs its
-// sector, read and written. The channels, 8 s, stay in L1. Memory bounds all three; each thread has all its reads under
-// way before it uses the first.
+// sector, read and written. The channels, 8 s, stay in L1. slice_exchange_ reads what is held, e, and the change, 4 per
+// entry in float, writes the original, e, and touches each sector of the weight for the slice that it leaves and for
+// the one that comes. Memory bounds all four; each thread has all its reads under way before it uses the first.
 #include <cuda_runtime.h>
 #include <launch.cuh>
 #include <torch/csrc/stable/accelerator.h>
@@ -155,6 +156,143 @@ void slice_write_(Tensor weight, const Tensor& indices, const Tensor& values, in
       {{"weight", weight, Access::write}, {"indices", indices}, {"values", source}});
 }
 
+// --- one slice for another ---
+
+// Every entry of the weight has one thread, which looks its channel up in the other slice's list: an entry of both is
+// the new slice's, and what stood there is what is held. So nobody waits for anybody, and one launch does at either
+// dim; blocks that own rows at dim 1 and columns at dim 0 would need a barrier, and leave a GPU idle where the weight
+// is small.
+struct SliceExchangeArguments {
+  SliceTarget target, held_target;
+  Stream change, original, held;
+  int64_t channels, held_channels;
+  int64_t count, held_count;  // entries
+  int64_t blocks;             // that have the new slice; those behind them restore
+};
+
+// Place of a channel in an ascending list, -1 where it is not.
+__device__ __forceinline__ int64_t place_of(int64_t channel, const int64_t* indices, int64_t count) {
+  int64_t first = 0, last = count;
+  while (first < last) {
+    const int64_t middle = (first + last) / 2;
+    if (indices[middle] < channel) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return first < count && indices[first] == channel ? first : -1;
+}
+
+// Which entries of another slice a thread's entries are, -1 for those that it has not.
+__device__ __forceinline__ void entries_in(
+    const SliceTarget& other, int64_t other_channels, const SliceTarget& own, const EntryRange& range,
+    int64_t (&entries)[kThreadEntries]) {
+  int64_t row = quotient(range.first, own.columns, own.narrow), column = range.first - row * own.columns;
+#pragma unroll
+  for (int i = 0; i < kThreadEntries; ++i) {
+    entries[i] = -1;
+    if (i < range.count) {
+      const int64_t place = place_of(own.indices[own.rows ? row : column], other.indices, other_channels);
+      if (place >= 0) entries[i] = own.rows ? place * other.columns + column : row * other.columns + place;
+    }
+    if (++column == own.columns) {
+      column = 0;
+      ++row;
+    }
+  }
+}
+
+__device__ __forceinline__ void write_change(const SliceExchangeArguments& a) {
+  const EntryRange range = entries_of_thread(a.count);
+  if (range.count == 0) return;
+  const PackedEntries change = load_packed(a.change, range);
+  const DType dtype = a.target.dtype;
+  int64_t positions[kThreadEntries], held[kThreadEntries];
+  load_positions(a.target, range, positions);
+  entries_in(a.held_target, a.held_channels, a.target, range, held);
+  PackedEntries original = {};
+#pragma unroll
+  for (int i = 0; i < kThreadEntries; ++i) {
+    if (i >= range.count) continue;
+    const void* from = held[i] < 0 ? a.target.weight : a.held.data;
+    const int64_t place = held[i] < 0 ? positions[i] : held[i];
+    if (dtype == DType::float32) {
+      original.words[i] = static_cast<const uint32_t*>(from)[place];
+    } else {
+      original.words[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(from)[place]) << i % 2 * 16;
+    }
+  }
+  store_packed(a.original, range, original);
+  float sums[kThreadEntries], changes[kThreadEntries];
+  unpack(original, dtype, sums);
+  unpack(change, a.change.dtype, changes);
+#pragma unroll
+  for (int i = 0; i < kThreadEntries; ++i) sums[i] = __fadd_rn(sums[i], changes[i]);
+  store_entries(a.target, range, positions, pack(dtype, sums));
+}
+
+__device__ __forceinline__ void restore_held(const SliceExchangeArguments& a) {
+  const EntryRange range = entries_of_thread(a.held_count, blockIdx.x - a.blocks);
+  if (range.count == 0) return;
+  const PackedEntries held = load_packed(a.held, range);
+  int64_t positions[kThreadEntries], changed[kThreadEntries];
+  load_positions(a.held_target, range, positions);
+  entries_in(a.target, a.channels, a.held_target, range, changed);
+#pragma unroll
+  for (int i = 0; i < kThreadEntries; ++i) {
+    if (i >= range.count || changed[i] >= 0) continue;
+    if (a.held.dtype == DType::float32) {
+      static_cast<uint32_t*>(a.target.weight)[positions[i]] = held.words[i];
+    } else {
+      static_cast<uint16_t*>(a.target.weight)[positions[i]] = static_cast<uint16_t>(held.words[i / 2] >> i % 2 * 16);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kEntryThreads)
+    slice_exchange_kernel(const __grid_constant__ SliceExchangeArguments a) {
+  if (blockIdx.x < a.blocks) {
+    write_change(a);
+  } else {
+    restore_held(a);
+  }
+}
+
+void slice_exchange_(
+    Tensor weight, std::optional<Tensor> held_indices, std::optional<Tensor> held, const Tensor& indices,
+    const Tensor& change, Tensor original, int64_t dim) {
+  constexpr const char* op = "slice_exchange_";
+  check_slice_exchange(op, weight, held_indices, held, indices, change, original, dim, kTakesFloat64);
+  const DeviceGuard guard(weight.get_device_index());
+  const Tensor changes = torch::stable::contiguous(change);
+  const Tensor kept = held.has_value() ? torch::stable::contiguous(*held) : original;
+  SliceExchangeArguments a = {};
+  a.target = a.held_target = slice_target(weight, indices, changes, dim);
+  a.change = stream_of(changes);
+  a.original = stream_of(original, original.mutable_data_ptr());
+  a.channels = indices.numel();
+  a.count = changes.numel();
+  Grid grid = grid_of_entries(a.count);
+  a.blocks = grid.x;
+  if (held.has_value()) {
+    a.held_target = slice_target(weight, *held_indices, kept, dim);
+    a.held = stream_of(kept);
+    a.held_channels = held_indices->numel();
+    a.held_count = kept.numel();
+    grid.x += grid_of_entries(a.held_count).x;
+  }
+  if (grid.x == 0) return;
+  launch(
+      op, grid, slice_exchange_kernel, a,
+      {{"weight", weight, Access::write},
+       {"held_indices", held.has_value() ? *held_indices : indices},
+       {"held", kept},
+       {"indices", indices},
+       {"change", changes},
+       {"original", original, Access::write}});
+}
+
 // --- AdamW on a slice, and the write ---
 
 struct SliceAdamWArguments {
@@ -201,5 +339,6 @@ void slice_adamw_(
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
   m.impl("gather_columns", TORCH_BOX(&peft_kernels::gather_columns));
   m.impl("slice_write_", TORCH_BOX(&peft_kernels::slice_write_));
+  m.impl("slice_exchange_", TORCH_BOX(&peft_kernels::slice_exchange_));
   m.impl("slice_adamw_", TORCH_BOX(&peft_kernels::slice_adamw_));
 }

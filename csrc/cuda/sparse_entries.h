@@ -23,10 +23,13 @@ struct EntryRange {
   int count;
 };
 
-__device__ __forceinline__ EntryRange entries_of_thread(int64_t entries) {
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kEntryThreads + threadIdx.x) * kThreadEntries;
+__device__ __forceinline__ EntryRange entries_of_thread(int64_t entries, int64_t block) {
+  const int64_t first = (block * kEntryThreads + threadIdx.x) * kThreadEntries;
   const int64_t left = entries - first;
   return {first, left <= 0 ? 0 : left < kThreadEntries ? static_cast<int>(left) : kThreadEntries};
+}
+__device__ __forceinline__ EntryRange entries_of_thread(int64_t entries) {
+  return entries_of_thread(entries, blockIdx.x);
 }
 
 inline Grid grid_of_entries(int64_t entries) {

@@ -89,6 +89,20 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
+def writable(weight: Tensor) -> Tensor:
+    """weight as a plain tensor, for an operator that changes it in place.
+
+    Raises:
+        RuntimeError: weight is sharded, as between the passes of FSDP.
+    """
+    if not torch.compiler.is_compiling() and is_sharded(weight):
+        raise RuntimeError(
+            "the weight is sharded (a DTensor), so no delta can be written into it or taken out of it here; do that "
+            "before fully_shard, or in a model that has loaded the gathered state_dict"
+        )
+    return weight.detach()
+
+
 def put(weight: Tensor, write: Callable[[Tensor], None], counted: bool = True) -> None:
     """Has `write` change weight in place, which it is given as a plain tensor.
 
@@ -98,12 +112,7 @@ def put(weight: Tensor, write: Callable[[Tensor], None], counted: bool = True) -
     Raises:
         RuntimeError: weight is sharded, as between the passes of FSDP; nothing has changed.
     """
-    if not torch.compiler.is_compiling() and is_sharded(weight):
-        raise RuntimeError(
-            "the weight is sharded (a DTensor), so no delta can be written into it or taken out of it here; do that "
-            "before fully_shard, or in a model that has loaded the gathered state_dict"
-        )
-    write(weight.detach())
+    write(writable(weight))
     if counted:
         count_change(weight)
 

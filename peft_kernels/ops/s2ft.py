@@ -68,6 +68,7 @@ def _register() -> None:
         ("gather_columns", reference.gather_columns, _fake_gather_columns, True),
         ("slice_grad", reference.slice_grad, _fake_slice_grad, False),  # a product: Triton's
         ("slice_write_", reference.slice_write_, _fake_in_place, True),
+        ("slice_exchange_", reference.slice_exchange_, _fake_in_place, True),
         ("slice_adamw_", reference.slice_adamw_, _fake_in_place, True),
         ("swiglu", reference.swiglu, _fake_swiglu, True),
         ("swiglu_backward", reference.swiglu_backward, _fake_swiglu_backward, True),

@@ -50,6 +50,31 @@ def slice_write_(weight: Tensor, indices: Tensor, values: Tensor, dim: int) -> N
     weight.index_copy_(dim, indices, values.to(weight.dtype))
 
 
+def slice_exchange_(
+    weight: Tensor,
+    held_indices: Tensor | None,
+    held: Tensor | None,
+    indices: Tensor,
+    change: Tensor,
+    original: Tensor,
+    dim: int,
+) -> None:
+    """One slice for another: `weight[held_indices] = held`, `original = weight[indices]`, `weight[indices] += change`.
+
+    weight `[N, K]` is contiguous. held, where given, and original are in weight's dtype and copied bit for bit; change
+    is of any floating dtype. The sum is formed in the widest of the dtypes and float32, and rounded to weight's.
+    Channels as in `slice_write_`, the two lists of them in common or not.
+    """
+    if (held is None) != (held_indices is None):
+        missing, given = ("held", "held_indices") if held is None else ("held_indices", "held")
+        raise ValueError(f"slice_exchange_: {missing} must be given with {given}, got None")
+    if held is not None and held_indices is not None:
+        weight.index_copy_(dim, held_indices, held)
+    original.copy_(weight.index_select(dim, indices))
+    wide = torch.promote_types(torch.promote_types(weight.dtype, change.dtype), torch.float32)
+    slice_write_(weight, indices, original.to(wide) + change.to(wide), dim)
+
+
 def slice_adamw_(
     trainable: Tensor,
     grad: Tensor,

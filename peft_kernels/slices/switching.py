@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import backends
 from ..nn.linear import is_transposed, weight_obstacle
-from ..nn.merged import put
+from ..nn.merged import count_change, writable
 from ..nn.merged_linear import contiguity_obstacle
 from ..planning import memory_of, unwrapped, weight_owners
 from .adapter import SliceAdapter, SliceUpdate
+
+_Step = tuple[Callable[..., None], tuple[Any, ...]]
+"""A call of an operator that is still to be made."""
 
 
 class Switch:
@@ -43,33 +47,38 @@ class Switch:
         Raises:
             ValueError: a layer is missing, not plain, or of another size, or has a weight that cannot be written, or
                 that belongs to other modules too; nothing has changed. After any other error, such as too little
-                memory, `current` is None, and `to(None)` gives the base model back.
+                memory, or an interrupt, `current` is None, and `to(None)` gives the base model back.
         """
         parts = [] if adapter is None else self._parts(adapter)
-        before = dict(self._held)
-        held: dict[int, _Held] = {}
+        before = {memory_of(last.weight): last for last in self._held.values()}  # the model may have moved
+        left, held = dict(before), dict[int, _Held]()
+        steps: list[_Step] = []
         try:
-            # Layer by layer, so that a weight that both adapters change goes through the caches once.
+            # Layer by layer, so that a weight that both adapters change goes through the caches once; and all calls
+            # are made ready first, as each weight drives out of the caches what Python needs to make the next one.
             for part in parts:
                 place = memory_of(part.weight)  # layers may share a weight
-                if (last := before.pop(place, None)) is not None:
-                    last.restore()
-                held.setdefault(place, _Held(part.weight)).write(part)
-            for last in before.values():
-                last.restore()
+                if place not in held:
+                    held[place] = _Held(part.weight)
+                steps += held[place].write(part, left.pop(place, None))
+            for last in left.values():
+                steps += last.restore()
+            for operator, arguments in steps:
+                operator(*arguments)
         except BaseException:
-            self._held, self.current = {**self._held, **held}, None  # all that is needed to restore every bit
+            self._held, self.current = _all_of(before, held), None
             raise
         self._held, self.current = held, adapter
 
     def _parts(self, adapter: SliceAdapter) -> list[_Part]:
         """What `adapter` does to each layer, checked; kept for its next turn, unless the model has changed since."""
         known: list[_Part] | None = self._known.get(adapter)
-        if known is not None and all(part.is_in(unwrapped(self.model)) for part in known):
+        model = unwrapped(self.model)
+        if known is not None and all(part.is_in(model) for part in known):
             return known
         parts = []
         linears = adapter.linears(self.model)
-        owners = weight_owners(unwrapped(self.model))
+        owners = weight_owners(model)
         own = {id(linear) for linear in linears.values()}
         for path, linear in linears.items():
             reason = weight_obstacle(linear) or contiguity_obstacle(linear)
@@ -100,8 +109,9 @@ class _Part:
         change = update.change.to(weight.device, wide)
         axis = update.axis
         if is_transposed(linear):
-            axis, change = 1 - axis, change.t().contiguous()
-        return cls(path, linear, weight, axis, update.slice.indices.to(weight.device), change)
+            axis, change = 1 - axis, change.t()
+        indices = update.slice.indices.to(weight.device)
+        return cls(path, linear, weight, axis, indices, change.contiguous())
 
     def is_in(self, model: nn.Module) -> bool:
         """Whether the layer is still the model's, and the weight the layer's, where and as it was."""
@@ -119,26 +129,66 @@ class _Part:
 
 
 class _Held:
-    """What a weight held before slices were written into it; several where layers share it."""
+    """What a weight held before slices were written into it; several where layers share it.
+
+    Its methods return calls of operators, to be made in that order, and tell autograd of them beforehand.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self._originals: list[tuple[int, Tensor, Tensor]] = []
+        self.originals: list[tuple[int, Tensor, Tensor]] = []  # axis, indices, what was there
 
-    def write(self, part: _Part) -> None:
-        weight, axis, indices = self.weight.detach(), part.axis, part.indices
-        if axis == 1:
-            original = backends.kernel("gather_columns", weight.device.type, weight.dtype)(weight, indices)
-        else:
-            original = weight.index_select(0, indices)
-        self._originals.append((axis, indices, original))
-        self._put(axis, indices, original + part.change)  # in the wider dtype, change's
+    def write(self, part: _Part, last: _Held | None) -> list[_Step]:
+        """Writes a slice, and what `last` keeps back where it was: in one pass over the weight where they allow it."""
+        steps: list[_Step] = []
+        weight, axis, indices = self.weight, part.axis, part.indices
+        held_indices = held = None
+        if last is not None:
+            if last.oldest_fits(part):
+                steps += last.restore(but=1)
+                _, held_indices, held = last.originals[0]
+            else:
+                steps += last.restore()
+        # Kept before it is read, and marked: an interrupt may come between the kernel's return and whatever is next.
+        original = torch.empty(part.change.shape, dtype=weight.dtype, device=weight.device)
+        original[:1].fill_(torch.nan)
+        self.originals.append((axis, indices, original))
+        exchange = backends.kernel("slice_exchange_", weight.device.type, weight.dtype)
+        steps.append((exchange, (writable(weight), held_indices, held, indices, part.change, original, axis)))
+        count_change(weight)
+        return steps
 
-    def restore(self) -> None:
+    def oldest_fits(self, part: _Part) -> bool:
+        """Whether the original that comes back last can do so in one pass with a slice."""
+        if self.weight is not part.weight or not self.originals:
+            return False
+        axis, _, original = self.originals[0]
+        return axis == part.axis and original.dtype == part.weight.dtype and original.device == part.weight.device
+
+    def restore(self, but: int = 0) -> list[_Step]:
+        """Puts originals back, the youngest first, all but the `but` oldest ones."""
+        if len(self.originals) <= but:
+            return []
         device = self.weight.device  # the model may have moved
-        for axis, indices, original in reversed(self._originals):
-            self._put(axis, indices.to(device), original.to(device))
+        write = backends.kernel("slice_write_", device.type, self.weight.dtype)
+        weight = writable(self.weight)
+        count_change(self.weight)
+        return [
+            (write, (weight, indices.to(device), original.to(device), axis))
+            for axis, indices, original in reversed(self.originals[but:])
+        ]
 
-    def _put(self, axis: int, indices: Tensor, values: Tensor) -> None:
-        write = backends.kernel("slice_write_", self.weight.device.type, self.weight.dtype)
-        put(self.weight, lambda plain: write(plain, indices, values, axis))
+
+def _all_of(before: dict[int, _Held], after: dict[int, _Held]) -> dict[int, _Held]:
+    """All that is needed to restore every bit, wherever a switch broke off; putting back twice does no harm."""
+    together = {}
+    for place in before.keys() | after.keys():
+        parts = [held for held in (before.get(place), after.get(place)) if held is not None]
+        together[place] = _Held(parts[0].weight)
+        together[place].originals = [entry for held in parts for entry in held.originals if _was_read(entry[2])]
+    return together
+
+
+def _was_read(original: Tensor) -> bool:
+    """Whether the kernel has been there: what it fills with a weight's bits began with a row of NaNs."""
+    return not bool(original[:1].isnan().all())

@@ -60,6 +60,14 @@ def _write(i: _Inputs) -> tuple[Any, ...]:
     return i.weight(), i.indices, i.slice(), i.dim
 
 
+def _exchange(i: _Inputs) -> tuple[Any, ...]:
+    weight, change = i.weight(), i.slice()
+    original = torch.full_like(change, torch.nan, dtype=i.dtype)
+    held = weight.index_select(i.dim, i.indices).flip(i.dim)
+    channels = weight.shape[i.dim]
+    return weight, channels - 1 - i.indices.flip(0), held, i.indices, change, original, i.dim
+
+
 def _adamw(i: _Inputs) -> tuple[Any, ...]:
     state = (i.slice(), i.slice(), i.slice(), i.slice().square())
     return *state, i.weight(), i.indices, i.dim, 3, 1e-2, 0.9, 0.99, 1e-8, 0.1
@@ -89,11 +97,12 @@ _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {
     "gather_columns": _gather,
     "slice_grad": _grad,
     "slice_write_": _write,
+    "slice_exchange_": _exchange,
     "slice_adamw_": _adamw,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
 }
-_MUTATED = {"slice_write_": (0,), "slice_adamw_": (0, 2, 3, 4)}
+_MUTATED = {"slice_write_": (0,), "slice_exchange_": (0, 5), "slice_adamw_": (0, 2, 3, 4)}
 _PLAIN = {"swiglu": _plain_swiglu, "swiglu_backward": _plain_swiglu_backward}
 
 OPERATORS = tuple(_ARGUMENTS)

@@ -105,7 +105,7 @@ FAMILIES = (
     Family("cuda", r"sparse_adamw_kernel|sm3_step_kernel|transpose_slab_kernel<[\w ]+>", opcodes=WIDE, blocks=4),
     Family("cuda", r"(tile_starts|sm3_maxima|sorted_merge|sorted_contains|order_entries)_kernel", blocks=4),
     # Slices of channels: rows, and channels that are neighbors, 16 bytes at a time.
-    Family("cuda", r"gather_columns_kernel<[\w ]+>|slice_(write|adamw)_kernel", opcodes=WIDE, blocks=4),
+    Family("cuda", r"gather_columns_kernel<[\w ]+>|slice_(write|exchange|adamw)_kernel", opcodes=WIDE, blocks=4),
     Family("cuda", r"swiglu(_backward)?_kernel<\w+>", opcodes=WIDE, blocks=4),
     # The count-th largest product: histograms by atomics, threads enough to keep the arithmetic busy.
     Family("cuda", r"product_histogram_kernel", opcodes=("ATOMS.*", "FMUL*"), blocks=4),

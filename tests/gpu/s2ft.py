@@ -76,6 +76,7 @@ INSTANCES = [
         for bits, dtype in (("int", torch.float32), ("short", torch.bfloat16))
     ),
     SliceInstance("slice_write_kernel", "slice_write_", torch.bfloat16),
+    SliceInstance("slice_exchange_kernel", "slice_exchange_", torch.bfloat16),
     SliceInstance("slice_adamw_kernel", "slice_adamw_", torch.float16),
     *(
         SliceInstance(f"{operator}_kernel<{name}>", operator, dtype)

@@ -95,6 +95,16 @@ def test_slice_write():
     assert int(weight[-EDGE:].sum()) == 2 * EDGE and bool((weight[:, channels] == 1.0).all())
 
 
+def test_slice_exchange():
+    weight = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=cuda.DEVICE)
+    channels, held_channels = (torch.tensor([first, COLUMNS - 1], device=cuda.DEVICE) for first in (3, 5))
+    held = torch.full((ROWS, 2), 2.0, dtype=torch.bfloat16, device=cuda.DEVICE)
+    change, original = torch.ones(ROWS, 2, device=cuda.DEVICE), torch.empty_like(held)
+    cuda.kernel("slice_exchange_")(weight, held_channels, held, channels, change, original, 1)
+    assert bool((weight[:, [3, 5, COLUMNS - 1]] == torch.tensor([1.0, 2.0, 3.0], device=cuda.DEVICE)).all())
+    assert int(weight[-EDGE:].sum()) == 6 * EDGE and bool((original[:, 1] == 2.0).all())
+
+
 def row_of_mask(row, dropout_p, seed, offset):
     """One row of the reference mask, without the rows before it."""
     group, zero = torch.arange((COLUMNS + 7) // 8), torch.zeros((), dtype=torch.int64)

@@ -14,7 +14,11 @@ from ..support.s2ft import CHANGED, IN_PLACE, random_channels, random_slice
 EACH_IN_PLACE = pytest.mark.parametrize(
     ("namespace", "device", "operator"), compiled_cases((name,) for name in IN_PLACE)
 )
-WITHOUT = {"slice_write_": {}, "slice_adamw_": {"weight": None, "indices": None}}
+WITHOUT = {
+    "slice_write_": {},
+    "slice_exchange_": {"held_indices": None, "held": None},
+    "slice_adamw_": {"weight": None, "indices": None},
+}
 
 
 def raw_operator(namespace, name):

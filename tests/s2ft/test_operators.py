@@ -60,6 +60,8 @@ def test_sizes(operator, place, dtype, values_dtype, dim):
         own = random_slice(shape, count, dim, dtype=dtype, values_dtype=values_dtype, device=place.device)
         results = check(own, operator, place)
         untouched = torch.ones(shape[dim], dtype=torch.bool, device=place.device).index_fill(0, own.indices, False)
+        if operator == "slice_exchange_":
+            untouched.index_fill_(0, own.held_indices, False)
         others = untouched.nonzero().flatten()
         before, after = (weight.index_select(dim, others) for weight in (own.weight, results["weight"]))
         assert_same_bits(after, before, f"other channels of {shape}")
@@ -117,11 +119,11 @@ def test_adamw_without_a_weight(operator, place, dtype, values_dtype):
 @EACH_OPERATOR
 def test_only_what_the_schema_says_is_written(operator, place, dtype):
     own = random_slice(dtype=dtype, device=place.device)
-    arguments = own.copy().arguments(operator)
+    arguments, untouched = own.copy().arguments(operator), own.arguments(operator)
     place.kernel(operator, dtype)(*arguments.values())
     for name, argument in arguments.items():
         if isinstance(argument, torch.Tensor):
-            before = own.trainable if name == "values" else getattr(own, name)
+            before = untouched[name]
             if name in CHANGED[operator]:
                 assert not torch.equal(argument, before)
             else:
@@ -245,7 +247,27 @@ STEP = [
     ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1"),
     ({"beta2": NAN}, r"beta2 must be in \[0, 1\), got nan"),
 ]
-BY_OPERATOR = {"slice_write_": [*TARGET, *WRITE], "slice_adamw_": [*TARGET, *STEP]}
+EXCHANGE = [
+    ({"change": lambda t: t[:-1]}, r"change must be \[20, 5\], got float32 \[19, 5\]"),
+    ({"change": torch.Tensor.int}, r"change must be float32, .*, got int32 \[20, 5\]"),
+    ({"held": lambda t: t[:, :4]}, r"held must be \[20, 5\], got float32 \[20, 4\]"),
+    ({"held": half}, r"held must have weight's dtype, float32, got bfloat16 \[20, 5\]"),
+    ({"held": None}, "held must be given with held_indices, got None"),
+    ({"held_indices": None}, "held_indices must be given with held, got None"),
+    ({"held_indices": torch.Tensor.int}, r"held_indices must be int64, got int32 \[5\]"),
+    ({"held_indices": lambda t: t[:, None]}, r"held_indices must be 1-D, got int64 \[5, 1\]"),
+    ({"held_indices": apart}, r"held_indices must be contiguous, got int64 \[5\] on .* with strides \[2\]"),
+    ({"held_indices": lambda t: t[:4]}, r"held must be \[20, 4\], got float32 \[20, 5\]"),
+    ({"original": half}, r"original must have weight's dtype, float32, got bfloat16 \[20, 5\]"),
+    ({"original": lambda t: t[:4]}, r"original must be \[20, 5\], got float32 \[4, 5\]"),
+    ({"original": apart}, r"original must be contiguous, got float32 \[20, 5\]"),
+    ({"dim": 0}, r"change must be \[5, 24\], got float32 \[20, 5\]"),
+]
+BY_OPERATOR = {
+    "slice_write_": [*TARGET, *WRITE],
+    "slice_exchange_": [*TARGET, *EXCHANGE],
+    "slice_adamw_": [*TARGET, *STEP],
+}
 CASES = compiled_cases((operator, *case) for operator, cases in BY_OPERATOR.items() for case in cases)
 
 

@@ -119,6 +119,93 @@ def test_a_change_in_another_dtype_is_added_in_the_wider_one(dtype):
     torch.testing.assert_close(model[0].weight.detach(), expected.float(), rtol=1e-6, atol=1e-6)
 
 
+DIMS = ("input", "output")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("first", "second"), [(a, b) for a in DIMS for b in DIMS])
+def test_adapters_of_any_dims_follow_each_other(first, second, backend, dtype):
+    model = small().to(dtype)
+    before = state(model)
+    adapters = [SliceAdapter({"0": update([1, 4], dim=first)}), SliceAdapter({"0": update([0, 4], dim=second)})]
+    switch = slices.Switch(model)
+    with pk.use_backend(backend):
+        for adapter in (*adapters, *adapters[::-1]):
+            switch.to(adapter)
+            part = adapter["0"]
+            wide = torch.promote_types(dtype, torch.float32)
+            expected = before["0.weight"].to(wide).index_add(part.axis, part.slice.indices, part.change.to(wide))
+            assert_same_bits(model[0].weight.detach(), expected.to(dtype))
+        switch.to(None)
+    assert_same_state(model, before)
+
+
+def test_one_pass_serves_a_layer_that_both_adapters_change(monkeypatch):
+    calls, kernel = [], pk.backends.kernel
+    monkeypatch.setattr(pk.backends, "kernel", lambda name, *where: (calls.append(name), kernel(name, *where))[1])
+    switch = slices.Switch(small())
+    for channels in ([1, 4], [0, 4], [2]):
+        switch.to(SliceAdapter({"0": update(channels)}))
+    assert calls == ["slice_exchange_"] * 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dims", [("input", "input"), ("input", "output")])
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("number", range(3))
+def test_an_interrupt_loses_no_bit(monkeypatch, number, ran, dims, shared):
+    # Ctrl-C comes between two of Python's instructions: before a kernel has run, or behind it, where a result that it
+    # returned would be lost.
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    if shared:
+        model[1].weight = model[0].weight
+    first, second = (
+        SliceAdapter({path: update(channels, shape=(6, 6), dim=dim) for path, channels in zip("01", of, strict=True)})
+        for dim, of in zip(dims, (([1, 3], [1, 2]), ([0, 3], [2, 4])), strict=True)
+    )
+    before, switch = state(model), slices.Switch(model)
+    switch.to(first)
+    left, kernel = [number], pk.backends.kernel
+
+    def interrupted(name, *where):
+        function = kernel(name, *where)
+
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] >= 0 or ran:
+                function(*arguments)
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pk.backends, "kernel", interrupted)
+        try:
+            switch.to(second)
+        except KeyboardInterrupt:
+            assert switch.current is None
+        else:
+            assert left[0] >= 0
+    switch.to(None)
+    assert_same_state(model, before)
+
+
+def test_a_model_that_moved_with_an_adapter_in_it_gets_the_next_one_on_its_own_bits():
+    model, first, second = small(), SliceAdapter({"0": update([1, 4])}), SliceAdapter({"0": update([0, 4])})
+    expected = small().double()
+    switch = slices.Switch(model)
+    switch.to(first)
+    model.double()
+    # What rounds in float32 is not undone in float64, where both adapters have no channel.
+    switch.to(second)
+    slices.Switch(expected).to(second)
+    assert_same_state(model, state(expected))
+    switch.to(None)
+    assert_same_state(model, state(small().double()))
+
+
 def test_training_a_graph_through_a_switched_weight_is_refused():
     model = small()
     y = model(torch.randn(2, 6, requires_grad=True))

@@ -73,6 +73,27 @@ def test_slices_are_written_at_every_alignment(simulated, dtype, chosen, dim, of
         assert_same_bits(weight, expected)
 
 
+@EACH_DTYPE
+@EACH_CHOICE
+@DIM
+@pytest.mark.parametrize("offset", [0, 1])
+def test_slices_are_exchanged_at_every_alignment(simulated, dtype, chosen, dim, offset):
+    shape = (9, WIDTH) if dim == 1 else (WIDTH, 9)
+    indices, before = torch.tensor(chosen), normal(*shape, dtype=dtype)
+    for seed, other in enumerate(CHANNELS.values()):
+        build.set_seed(seed)
+        held_indices = torch.tensor(other)
+        held = normal(*before.index_select(dim, held_indices).shape, dtype=dtype)
+        change = normal(*before.index_select(dim, indices).shape)
+        runs = []
+        for kernel in (simulated.slice_exchange_, reference.slice_exchange_):
+            weight, original = (shifted(tensor, offset) for tensor in (before, torch.zeros_like(change, dtype=dtype)))
+            kernel(weight, held_indices, shifted(held, offset), indices, shifted(change, offset), original, dim)
+            runs.append((weight, original))
+        for actual, expected in zip(*runs, strict=True):
+            assert_same_bits(actual, expected)
+
+
 def state_of(weight, indices, dim, values_dtype):
     trainable = weight.index_select(dim, indices).to(values_dtype)
     state = [normal(*trainable.shape, dtype=values_dtype) for _ in range(3)]
@@ -149,5 +170,7 @@ def test_float64_is_refused(simulated):
         simulated.gather_columns(x, indices)
     with pytest.raises(RuntimeError, match="slice_write_: weight must be float32, bfloat16 or float16, got float64"):
         simulated.slice_write_(x, indices, x[:, :1], 1)
+    with pytest.raises(RuntimeError, match="slice_exchange_: weight must be float32, bfloat16 or float16, got float64"):
+        simulated.slice_exchange_(x, None, None, indices, x[:, :1], x[:, :1], 1)
     with pytest.raises(RuntimeError, match="swiglu: gate must be float32, bfloat16 or float16, got float64"):
         simulated.swiglu(x, x, indices)

@@ -11,15 +11,22 @@ from torch import Tensor
 
 from .sparse_delta import ADAMW
 
-IN_PLACE = ("slice_write_", "slice_adamw_")
+IN_PLACE = ("slice_write_", "slice_exchange_", "slice_adamw_")
 OPERATORS = (*IN_PLACE, "gather_columns", "slice_grad", "swiglu", "swiglu_backward")
-CHANGED = {"slice_write_": ("weight",), "slice_adamw_": ("trainable", "exp_avg", "exp_avg_sq", "weight")}
+CHANGED = {
+    "slice_write_": ("weight",),
+    "slice_exchange_": ("weight", "original"),
+    "slice_adamw_": ("trainable", "exp_avg", "exp_avg_sq", "weight"),
+}
 """Operator to the arguments that it changes."""
 
 
 @dataclass(frozen=True)
 class ChannelSlice:
-    """A weight `[N, K]` and some of its columns (dim 1) or rows (dim 0), with the state of AdamW."""
+    """A weight `[N, K]` and some of its columns (dim 1) or rows (dim 0), with the state of AdamW.
+
+    `held`, in weight's dtype, belongs to the channels behind these, of which some may be the same.
+    """
 
     weight: Tensor
     indices: Tensor
@@ -27,7 +34,13 @@ class ChannelSlice:
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    held: Tensor
     dim: int
+
+    @property
+    def held_indices(self) -> Tensor:
+        """The channels behind these, the first one behind the last."""
+        return ((self.indices + 1) % max(self.weight.shape[self.dim], 1)).sort().values
 
     def copy(self) -> ChannelSlice:
         """The same in memory of its own."""
@@ -42,6 +55,10 @@ class ChannelSlice:
         """The arguments of a call by name, in the order of the schema, with `changes` made."""
         if operator == "slice_write_":
             own = {"weight": self.weight, "indices": self.indices, "values": self.trainable, "dim": self.dim}
+        elif operator == "slice_exchange_":
+            own = {"weight": self.weight, "held_indices": self.held_indices, "held": self.held}
+            own |= {"indices": self.indices, "change": self.trainable}
+            own |= {"original": torch.full_like(self.held, torch.nan), "dim": self.dim}
         elif operator == "slice_adamw_":
             names = ("trainable", "grad", "exp_avg", "exp_avg_sq", "weight", "indices", "dim")
             own = {**{name: getattr(self, name) for name in names}, "step": 3, **ADAMW}
@@ -81,5 +98,6 @@ def random_slice(
     indices = random_channels(shape[dim], count, generator)
     size = (count, shape[1]) if dim == 0 else (shape[0], count)
     state = [normal(*size), normal(*size), 0.3 * normal(*size), 0.3 * normal(*size).square()]
+    held = normal(*size).to(dtype).to(device)
     placed = [tensor.to(values_dtype).to(device) for tensor in state]
-    return ChannelSlice(weight.to(device), indices.to(device), *placed, dim=dim)
+    return ChannelSlice(weight.to(device), indices.to(device), *placed, held=held, dim=dim)
