@@ -47,6 +47,7 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {"baseline": (), "avx2": AVX2, "avx51
 # square roots that leave errno alone, which vectors need.
 _SPARSE = ("-ffp-contract=off", "-fno-math-errno")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cross_entropy_kernels": CAPABILITIES,
     "delta_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
     "lora_kernels": CAPABILITIES,
     "s2ft_kernels": CAPABILITIES,
@@ -54,6 +55,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "sparse_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
     "selection_kernels": CAPABILITIES,
     "sm3_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
+    "token_selection_kernels": CAPABILITIES,
 }
 
 
@@ -198,6 +200,7 @@ def parallel_jobs() -> int:
 
 def cpu_library(torch_dir: Path) -> SharedLibrary:
     operators = (
+        "cross_entropy.cpp",
         "deltas.cpp",
         "lora.cpp",
         "lora_products.cpp",
@@ -210,6 +213,7 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
         "sorted_sets.cpp",
         "sparse_delta.cpp",
         "sparse_sm3.cpp",
+        "token_selection.cpp",
     )
     objects = [Object(SOURCES / "library.cpp"), *(Object(SOURCES / "cpu" / source) for source in operators)]
     on_x86 = platform.machine() in ("x86_64", "AMD64")
@@ -224,7 +228,7 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
                     )
                 )
     if on_x86:
-        tiles = ("lora_amx.cpp", "gemm_amx.cpp", "sampled_amx.cpp", "slice_tiles_amx.cpp")
+        tiles = ("block_scores_amx.cpp", "lora_amx.cpp", "gemm_amx.cpp", "sampled_amx.cpp", "slice_tiles_amx.cpp")
         objects += [Object(SOURCES / "cpu" / source, flags=AMX) for source in tiles]
     return SharedLibrary("_C.so", objects, [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"])
 

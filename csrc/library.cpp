@@ -77,8 +77,7 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def("scatter_add_rows(Tensor residual, Tensor values, Tensor rows) -> Tensor");
   m.def("scatter_add_rows_(Tensor(a!) out, Tensor values, Tensor rows) -> ()");
   // (h = kept rstd (offset + weight) [S, H], kept = x[rows] [S, H], rstd [S]); without rows of all of x, kept [0, H].
-  m.def(
-      "gather_rms_norm(Tensor x, Tensor? rows, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)");
+  m.def("gather_rms_norm(Tensor x, Tensor? rows, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)");
   // h again.
   m.def("rms_norm_rows(Tensor kept, Tensor rstd, Tensor weight, float offset) -> Tensor");
   // (dx = grad_residual with dkept added at rows [total, H], dweight [H], or [0] if not wanted).

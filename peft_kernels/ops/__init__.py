@@ -1,6 +1,7 @@
 """Operators as functions; see each family's module for formulas and contracts."""
 
 from . import deltas
+from .cross_entropy import linear_cross_entropy
 from .lora import lora_linear, lora_merged_weight
 from .s2ft import check_channels, s2ft_linear
 from .s2ft_swiglu import swiglu_s2ft
@@ -16,14 +17,19 @@ from .sparse_selection import (
     sorted_union,
 )
 from .token_elimination import gather_rows, rope_rows, scatter_add_rows, split_rms_norm
+from .token_selection import block_scores, flat_rows, kept_tokens, select_tokens
 
 __all__ = [
     "attach_delta",
+    "block_scores",
     "check_channels",
     "check_indices",
     "deltas",
+    "flat_rows",
     "gather_rows",
     "gradient_topk",
+    "kept_tokens",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_merged_weight",
     "outer_product_topk",
@@ -32,6 +38,7 @@ __all__ = [
     "rope_rows",
     "s2ft_linear",
     "scatter_add_rows",
+    "select_tokens",
     "sorted_contains",
     "sorted_difference",
     "sorted_intersection",

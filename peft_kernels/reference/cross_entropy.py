@@ -21,7 +21,7 @@ def cross_entropy_rows_(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
     Args:
         logits: `[C, V]`, any floating dtype, rows contiguous; overwritten, each number rounded once.
         labels: int64 `[C]`; a negative one stands for no label: its loss and its gradient are zero.
-        scale: factor of the gradient.
+        scale: factor of the gradient; 0 where only losses are wanted, which leaves zeros whatever the logits are.
 
     Returns:
         `[C]` in the accumulation dtype.
@@ -31,7 +31,25 @@ def cross_entropy_rows_(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
     total = wide.logsumexp(1)
     target = labels.clamp(min=0)[:, None]
     losses = torch.where(labeled, total - wide.gather(1, target)[:, 0], torch.zeros_like(total))
+    if scale == 0.0:
+        logits.zero_()
+        return losses
     grad = (wide - total[:, None]).exp()
     grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
     logits.copy_(torch.where(labeled[:, None], grad * scale, torch.zeros((), dtype=wide.dtype, device=wide.device)))
     return losses
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> Tensor:
+    """Losses of the rows from all logits at once: hidden `[M, H]`, weight `[V, H]`, bias `[V]`, labels int64 `[M]`.
+
+    Logits are `c tanh(logits / c)` for a softcap c. A negative label stands for none, and its loss is zero. The result
+    `[M]` is in the accumulation dtype.
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    wide = logits.to(accumulation_dtype(logits.dtype))
+    return torch.nn.functional.cross_entropy(wide, labels.clamp(min=-1), ignore_index=-1, reduction="none")

@@ -42,7 +42,7 @@ def block_scores(q: Tensor, k: Tensor, block_size: int, starts: Tensor | None) -
     by_key = scores[:, :, : blocks * block_size].reshape(batch, tokens, blocks, block_size).amax(-1)
     missing = -tokens % block_size
     by_key = torch.nn.functional.pad(by_key, (0, 0, 0, missing))  # no score is negative
-    return by_key.reshape(batch, -1, block_size, blocks).amax(2).sum(1)
+    return by_key.reshape(batch, (tokens + missing) // block_size, block_size, blocks).amax(2).sum(1)
 
 
 def select_tokens(

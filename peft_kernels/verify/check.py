@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import deltas, lora, s2ft, sparse_delta, sparse_selection
+from . import cross_entropy, deltas, lora, s2ft, sparse_delta, sparse_selection, token_selection
 from .case import Case
 
-FAMILIES = (lora, s2ft, sparse_delta, sparse_selection, deltas)
+FAMILIES = (lora, s2ft, sparse_delta, sparse_selection, token_selection, cross_entropy, deltas)
 """Modules that supply inputs: `OPERATORS`, names, and `cases(operator, dtype)`."""
 
 _Cases = Callable[[str, torch.dtype], Iterable[Case]]
@@ -104,9 +104,10 @@ def _check_backends(
 def _run(kernel: Callable[..., Any], case: Case) -> tuple[Tensor, ...]:
     arguments = [value.clone() if index in case.mutated else value for index, value in enumerate(case.arguments)]
     result = kernel(*arguments)
-    if case.mutated:
-        return tuple(arguments[index] for index in case.mutated)
-    return result if isinstance(result, tuple) else (result,)
+    changed = tuple(arguments[index] for index in case.mutated)
+    if result is None:
+        return changed
+    return changed + (result if isinstance(result, tuple) else (result,))
 
 
 def _error_share(actual: tuple[Tensor, ...], own: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:

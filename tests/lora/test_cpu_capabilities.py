@@ -48,6 +48,8 @@ def test_kernels_of_every_capability(capability):
     files = [f"tests/lora/test_{name}.py" for name in ("operators", "properties", "philox")]
     files.append("tests/sparse_delta/test_sampled_product.py")
     files += [f"tests/s2ft/test_{name}.py" for name in ("gather_columns", "slice_grad", "swiglu")]
+    files += ["tests/token_selection/test_block_scores.py", "tests/token_selection/test_select_tokens.py"]
+    files.append("tests/cross_entropy/test_rows.py")
     done = run(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *files)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
