@@ -120,7 +120,7 @@ def jit(function: Callable[..., Any]) -> Any:
     Triton otherwise specializes on each integer's being 1 or a multiple of 16, and a changing sequence length would
     recompile. Strides and feature counts do need that: wide loads follow from them.
     """
-    return triton.jit(function, do_not_specialize=["M", "threshold", "chunk", "splits"])
+    return triton.jit(function, do_not_specialize=["M", "S", "T", "batch", "blocks", "threshold", "chunk", "splits"])
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft_kernels.triton_kernels import lora, s2ft, sparse_delta
+from peft_kernels.triton_kernels import lora, s2ft, sparse_delta, token_elimination, token_selection
 from torch import Tensor
 
 Calls = Callable[[], None]
@@ -62,6 +62,43 @@ def _gather(dtype: torch.dtype, channels: int) -> None:
     s2ft.gather_columns(_empty(M, K, dtype=dtype), _empty(channels, dtype=torch.int64))
 
 
+def _product(
+    dtype: torch.dtype,
+    kept: int,
+    added: bool = True,
+    transposed: bool = False,
+    fused: bool = False,
+    sizes: tuple[int, int, int] = (2 * M, K, N),
+) -> None:
+    """`gather_linear_scatter` of kept rows: with a residual from all of x, without one and with a bias from theirs."""
+    rows, inner, out = sizes
+    x, weight = _empty(rows if added else kept, inner, dtype=dtype), _empty(out, inner, dtype=dtype)
+    residual, bias = (_empty(rows, out, dtype=dtype), None) if added else (None, _empty(out, dtype=dtype))
+    if transposed:
+        weight = weight.t().contiguous()
+    launcher = token_elimination.fused_gather_linear_scatter if fused else token_elimination.gather_linear_scatter
+    launcher(x, weight, bias, _empty(kept, dtype=torch.int32), residual, added, transposed)
+
+
+def _moved(dtype: torch.dtype) -> None:
+    rows = _empty(M, dtype=torch.int32)
+    values = token_elimination.gather_rows(_empty(2 * M, K, dtype=dtype), rows)
+    token_elimination.scatter_add_rows_(_empty(2 * M, K, dtype=dtype), values, rows)
+
+
+def _scores(
+    dtype: torch.dtype,
+    block_size: int,
+    key_heads: int = 8,
+    channels: int = 128,
+    documents: bool = False,
+    tokens: int = M,
+    heads: int = 32,
+) -> None:
+    q, k = _empty(1, heads, tokens, channels, dtype=dtype), _empty(1, key_heads, tokens, channels, dtype=dtype)
+    token_selection.block_scores(q, k, block_size, _empty(1, tokens, dtype=torch.int32) if documents else None)
+
+
 _BF16, _FP32 = torch.bfloat16, torch.float32
 
 BUDGETED: dict[str, Calls] = {
@@ -88,6 +125,21 @@ BUDGETED: dict[str, Calls] = {
     "slice_grad fp32 of 430 inputs": lambda: _slice_grad(_FP32, 430, 1),
     "slice_grad fp32 of 40 outputs, 128 columns": lambda: _slice_grad(_FP32, 40, 0, columns=128),
     "gather_columns bf16": lambda: _gather(_BF16, 430),
+    "gather_linear_scatter bf16": lambda: _product(_BF16, M),
+    "gather_linear_scatter bf16 transposed": lambda: _product(_BF16, M, transposed=True),
+    "gather_linear_scatter bf16 gathered": lambda: _product(_BF16, M, added=False),
+    "gather_linear_scatter bf16 512-rows": lambda: _product(_BF16, 512),
+    "gather_linear_scatter bf16 32-rows": lambda: _product(_BF16, 32),
+    "gather_linear_scatter fp32": lambda: _product(_FP32, M),
+    "gather_linear_scatter fp32 fused": lambda: _product(_FP32, M, fused=True),
+    "moved rows bf16": lambda: _moved(_BF16),
+    "block_scores bf16 of 64": lambda: _scores(_BF16, 64),
+    "block_scores bf16 of 64 documents": lambda: _scores(_BF16, 64, documents=True),
+    "block_scores bf16 of 64, 64 channels": lambda: _scores(_BF16, 64, channels=64),
+    "block_scores bf16 of 64, 256 channels": lambda: _scores(_BF16, 64, channels=256),
+    "block_scores bf16 of 100": lambda: _scores(_BF16, 100),
+    "block_scores bf16 of 128, 32 key heads": lambda: _scores(_BF16, 128, key_heads=32),
+    "block_scores fp32 of 64": lambda: _scores(_FP32, 64),
 }
 """Description to calls; every kernel they launch has a budget on every architecture."""
 
@@ -114,6 +166,12 @@ COMPILED: dict[str, Calls] = {
     "slice_grad of odd inputs": lambda: _slice_grad(torch.float16, 33, 1, 1003, 517, 2047),
     "slice_grad of odd outputs": lambda: _slice_grad(torch.float16, 33, 0, 1003, 517, 2047),
     "slice_grad of odd outputs, few columns": lambda: _slice_grad(torch.float16, 33, 0, 1003, 117, 2047),
+    "gather_linear_scatter of one": lambda: _product(torch.float16, 1, sizes=(1, 1, 1)),
+    "gather_linear_scatter of odd sizes": lambda: _product(torch.float16, 333, sizes=(1003, 517, 2047)),
+    "gather_linear_scatter fp32 of odd sizes": lambda: _product(_FP32, 333, sizes=(1003, 517, 2047)),
+    "block_scores of one": lambda: _scores(torch.float16, 1, 1, 1, True, 1, 1),
+    "block_scores of odd sizes": lambda: _scores(torch.float16, 7, 3, 33, True, 1003, 9),
+    "block_scores of long blocks": lambda: _scores(torch.float16, 300, 3, 33, True, 1003, 9),
 }
 """Calls whose kernels must compile, at whatever cost."""
 
@@ -126,5 +184,9 @@ LARGEST: dict[str, Calls] = {
     "sampled_product bf16": lambda: _sampled(_BF16),
     "slice_grad bf16": lambda: _slice_grad(_BF16, 430, 1),
     "slice_grad fp32": lambda: _slice_grad(_FP32, 430, 1),
+    "gather_linear_scatter bf16": lambda: _product(_BF16, M),
+    "gather_linear_scatter fp32 fused": lambda: _product(_FP32, M, fused=True),
+    "block_scores bf16": lambda: _scores(_BF16, 128, key_heads=32),
+    "block_scores fp32": lambda: _scores(_FP32, 64),
 }
 """Calls that take the most shared memory, which must still fit into cards that have little."""

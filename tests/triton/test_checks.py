@@ -6,7 +6,16 @@ import inspect
 
 import pytest
 import torch
-from peft_kernels.triton_kernels import checks, lora, s2ft, slice_checks, sparse_delta
+from peft_kernels.triton_kernels import (
+    checks,
+    lora,
+    s2ft,
+    slice_checks,
+    sparse_delta,
+    token_checks,
+    token_elimination,
+    token_selection,
+)
 
 from ..support.operators import ACTIVATIONS, DROPPING, OPERATORS, random_call
 
@@ -20,8 +29,9 @@ OTHER_TENSORS = [
 
 
 def test_every_launcher_has_a_check_with_its_arguments():
-    launchers = {**lora.LAUNCHERS, **s2ft.LAUNCHERS, **sparse_delta.LAUNCHERS}
-    every_check = {**checks.CHECKS, **slice_checks.CHECKS}
+    families = (lora, s2ft, sparse_delta, token_elimination, token_selection)
+    launchers = {name: launcher for family in families for name, launcher in family.LAUNCHERS.items()}
+    every_check = {**checks.CHECKS, **slice_checks.CHECKS, **token_checks.CHECKS}
     assert set(every_check) == set(launchers)
     for operator, launcher in launchers.items():
         expected = inspect.signature(launcher).parameters.values()
