@@ -55,6 +55,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "sparse_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
     "selection_kernels": CAPABILITIES,
     "sm3_kernels": {name: (*flags, *_SPARSE) for name, flags in CAPABILITIES.items()},
+    "token_elimination_kernels": CAPABILITIES,
     "token_selection_kernels": CAPABILITIES,
 }
 
@@ -213,6 +214,8 @@ def cpu_library(torch_dir: Path) -> SharedLibrary:
         "sorted_sets.cpp",
         "sparse_delta.cpp",
         "sparse_sm3.cpp",
+        "token_elimination.cpp",
+        "token_linear.cpp",
         "token_selection.cpp",
     )
     objects = [Object(SOURCES / "library.cpp"), *(Object(SOURCES / "cpu" / source) for source in operators)]

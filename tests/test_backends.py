@@ -19,8 +19,9 @@ from .support.operators import OPERATORS
 from .support.places import GPU, LAYER_OPERATORS
 from .support.s2ft import OPERATORS as S2FT_OPERATORS
 from .support.sparse_delta import OPERATORS as SPARSE_OPERATORS
+from .support.token_elimination import OPERATORS as TOKEN_OPERATORS
 
-EVERY_OPERATOR = ("dropout_mask", *OPERATORS, *SPARSE_OPERATORS, *S2FT_OPERATORS)
+EVERY_OPERATOR = ("dropout_mask", *OPERATORS, *SPARSE_OPERATORS, *S2FT_OPERATORS, *TOKEN_OPERATORS)
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 

@@ -6,6 +6,7 @@
 #include "s2ft_kernels.h"
 #include "chunk.h"
 #include "exponential.h"
+#include "vectors.h"
 
 #if !defined(PK_CAPABILITY)
 #error "compile with -DPK_CAPABILITY=baseline|avx2|avx512"
@@ -23,22 +24,6 @@ void cast(const void* from, void* to, int64_t count) {
       convert(static_cast<const From*>(from) + i, static_cast<To*>(to) + i, smaller(kChunk, count - i));
     }
   }
-}
-
-// body(i, load, store) for each vector of a row, the last one partial.
-template <typename T, typename F>
-inline void for_each_vector(int64_t count, const F& body) {
-  constexpr int lanes = kLanes<typename Accumulate<T>::type>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    body(
-        i, [](const T* from) { return load_vector(from); }, [](T* to, VectorFor<T> value) { store_vector(to, value); });
-  }
-  const int rest = static_cast<int>(count - i);
-  if (rest == 0) return;
-  body(
-      i, [=](const T* from) { return load_partial(from, rest); },
-      [=](T* to, VectorFor<T> value) { store_partial(to, value, rest); });
 }
 
 // 1 / (1 + exp(-gate)) in the accumulation type.

@@ -1,10 +1,10 @@
 """Operators as functions; see each family's module for formulas and contracts."""
 
-from . import deltas
+from . import deltas, recompute
 from .cross_entropy import linear_cross_entropy
 from .lora import lora_linear, lora_merged_weight
 from .s2ft import check_channels, s2ft_linear
-from .s2ft_swiglu import swiglu_s2ft
+from .s2ft_swiglu import swiglu, swiglu_s2ft
 from .sparse_delta import check_indices, quantized_sparse_delta_linear, sparse_delta_linear
 from .sparse_delta_parts import attach_delta, reordered
 from .sparse_selection import (
@@ -17,6 +17,7 @@ from .sparse_selection import (
     sorted_union,
 )
 from .token_elimination import gather_rows, rope_rows, scatter_add_rows, split_rms_norm
+from .token_linear import gather_linear_scatter
 from .token_selection import block_scores, flat_rows, kept_tokens, select_tokens
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "check_indices",
     "deltas",
     "flat_rows",
+    "gather_linear_scatter",
     "gather_rows",
     "gradient_topk",
     "kept_tokens",
@@ -34,6 +36,7 @@ __all__ = [
     "lora_merged_weight",
     "outer_product_topk",
     "quantized_sparse_delta_linear",
+    "recompute",
     "reordered",
     "rope_rows",
     "s2ft_linear",
@@ -46,5 +49,6 @@ __all__ = [
     "sorted_union",
     "sparse_delta_linear",
     "split_rms_norm",
+    "swiglu",
     "swiglu_s2ft",
 ]

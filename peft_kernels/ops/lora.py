@@ -13,6 +13,7 @@ from .. import backends
 from ..reference import lora as reference
 from ..reference import philox
 from ..reference.lora import accumulation_dtype, as_rows
+from . import recompute
 from ._autocast import autocast_dtype
 from ._register import register_operator, triton_launchers
 
@@ -118,8 +119,8 @@ _register()
 class LoRALinearFunction(torch.autograd.Function):
     """Forward and backward of `lora_linear`; thin, the operators do the work.
 
-    Saved for backward: `x` (only while `lora_a` or `weight` trains) and `hidden [M, r]`. No dropped copy of x, no mask,
-    nothing of size `[M, N]`.
+    Saved for backward: `x` (only while `lora_a` or `weight` trains; where it is on offer, what it is formed from, see
+    `recompute`) and `hidden [M, r]`. No dropped copy of x, no mask, nothing of size `[M, N]`.
     """
 
     @staticmethod
@@ -138,7 +139,8 @@ class LoRALinearFunction(torch.autograd.Function):
         forward = backends.kernel("lora_linear_forward", x.device.type, x.dtype, backend)
         y, hidden = forward(as_rows(x), weight, bias, lora_a, lora_b, scaling, dropout_p, rng_state)
         keep_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if keep_x else None, weight, lora_a, lora_b, hidden, rng_state)
+        inputs = recompute.to_save(ctx, x if keep_x else None)
+        ctx.save_for_backward(weight, lora_a, lora_b, hidden, rng_state, *inputs)
         ctx.shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
         if x.dim() == 2:
             return y
@@ -152,7 +154,8 @@ class LoRALinearFunction(torch.autograd.Function):
                 return LoRALinearFunction.backward(ctx, grad_out)
         if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
             return _differentiable_backward(ctx, grad_out)
-        x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
+        weight, lora_a, lora_b, hidden, rng_state, *inputs = ctx.saved_tensors
+        x = recompute.saved(ctx, inputs)
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dy = as_rows(grad_out)
         rows = None if x is None else as_rows(x)
@@ -175,7 +178,8 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     """The gradients through autograd of the reference, so that they can be differentiated again."""
-    x, weight, lora_a, lora_b, hidden, rng_state = ctx.saved_tensors
+    weight, lora_a, lora_b, hidden, rng_state, *kept = ctx.saved_tensors
+    x = recompute.saved(ctx, kept)
     need = ctx.needs_input_grad
     rows = as_rows(grad_out)
     scaling, p = ctx.scaling, ctx.dropout_p

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends
 from ..reference import s2ft as reference
 from ..reference.lora import as_rows
+from . import recompute
 from ._autocast import autocast_dtype
 from ._register import register_operator, triton_launchers
 from ._views import no_view
@@ -83,7 +84,8 @@ class S2FTLinearFunction(torch.autograd.Function):
     """Forward and backward of `s2ft_linear`; the products with weight are the library's.
 
     Saved for backward: at dim 1 `x[:, indices]` in memory of its own, at dim 0 x, either only while trainable trains;
-    x also while weight does; weight, trainable and indices by reference.
+    x also while weight does; in place of x, where it is on offer, what it is formed from, see `recompute`; weight,
+    trainable and indices by reference.
 
     Over a transposed weight, x and dy change places in the gradient of the slice, which comes as the slice lies.
 
@@ -113,7 +115,8 @@ class S2FTLinearFunction(torch.autograd.Function):
             gather_columns = backends.kernel("gather_columns", x.device.type, x.dtype, backend)
             x_slice = gathered = gather_columns(as_rows(x), indices)
         keep_x = need_weight or (need_trainable and dim == 0)
-        ctx.save_for_backward(x if keep_x else None, x_slice, weight, trainable, indices)
+        inputs = recompute.to_save(ctx, x if keep_x else None)
+        ctx.save_for_backward(x_slice, weight, trainable, indices, *inputs)
         ctx.shape, ctx.device_type = x.shape, x.device.type
         ctx.dim, ctx.rewrite, ctx.transposed, ctx.backend = dim, rewrite, transposed, backend
         y = no_view(F.linear(x, weight.t() if transposed else weight, bias))
@@ -127,11 +130,13 @@ class S2FTLinearFunction(torch.autograd.Function):
         if autocast_dtype(ctx.device_type) is not None:  # dtypes were settled in forward
             with torch.autocast(ctx.device_type, enabled=False):
                 return S2FTLinearFunction.backward(ctx, grad_out, grad_gathered)
-        saved = x, x_slice, weight, trainable, indices = ctx.saved_tensors  # which checkpointing lets out once
+        x_slice, weight, trainable, indices, *inputs = ctx.saved_tensors  # which checkpointing lets out once
         if ctx.rewrite:
             write = backends.kernel("slice_write_", ctx.device_type, weight.dtype, ctx.backend)
             write(weight.detach(), indices, trainable.detach(), 1 - ctx.dim if ctx.transposed else ctx.dim)
+        x = recompute.saved(ctx, inputs)
         if grad_gathered is not None or grad_out is None or torch.is_grad_enabled():
+            saved = x, x_slice, weight, trainable, indices
             return _differentiable_backward(ctx, saved, grad_out, grad_gathered)
         need_x, need_weight, need_bias, need_trainable = ctx.needs_input_grad[:4]
         dy = as_rows(grad_out)

@@ -1,4 +1,4 @@
-"""SwiGLU in front of a layer of which some input channels train: the activation that also writes these channels.
+"""SwiGLU, alone and in front of a layer of which some input channels train: then it also writes these channels.
 
 Formulas, shapes and names are those of `peft_kernels/reference/s2ft.py`.
 """
@@ -15,20 +15,26 @@ from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """Forward and backward of `swiglu_s2ft`. Saved for backward: gate, up and indices by reference."""
+    """Forward and backward of `swiglu`, without indices, and of `swiglu_s2ft`.
+
+    Saved for backward: gate, up and indices by reference.
+    """
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, indices: Tensor, backend: str | None):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, gate: Tensor, up: Tensor, indices: Tensor | None, backend: str | None):  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(gate, up, indices)
         ctx.backend = backend
         if not torch.compiler.is_compiling():  # there zeros stand for what gets no gradient
             ctx.set_materialize_grads(False)
         swiglu = backends.kernel("swiglu", gate.device.type, gate.dtype, backend)
-        h, x_slice = swiglu(as_rows(gate), as_rows(up), indices)
+        channels = gate.new_empty(0, dtype=torch.int64) if indices is None else indices
+        h, x_slice = swiglu(as_rows(gate), as_rows(up), channels)
+        if indices is None:
+            return _shaped(h, gate.shape)
         return _shaped(h, gate.shape), _shaped(x_slice, (*gate.shape[:-1], indices.shape[0]))
 
     @staticmethod
-    def backward(ctx, grad_h, grad_slice):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_h, grad_slice=None):  # type: ignore[no-untyped-def, override]
         gate, up, indices = ctx.saved_tensors
         if grad_slice is not None:
             if grad_h is None:
@@ -48,22 +54,56 @@ def _shaped(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return rows if len(shape) == 2 else torch.ops.aten._unsafe_view(rows, shape)  # type: ignore[no-any-return]
 
 
-def _check(gate: Tensor, up: Tensor, indices: Tensor) -> None:
+def _check_gate(op: str, gate: Tensor, up: Tensor) -> None:
     if gate.dim() < 1:
-        raise ValueError(f"swiglu_s2ft: gate must be [..., K], got {_describe(gate)}")
+        raise ValueError(f"{op}: gate must be [..., K], got {_describe(gate)}")
     if gate.dtype not in _FLOATING:
-        raise TypeError(f"swiglu_s2ft: gate must be float32, bfloat16, float16 or float64, got {_describe(gate)}")
+        raise TypeError(f"{op}: gate must be float32, bfloat16, float16 or float64, got {_describe(gate)}")
     if up.shape != gate.shape:
-        raise ValueError(f"swiglu_s2ft: up must be {list(gate.shape)} like gate, got {_describe(up)}")
+        raise ValueError(f"{op}: up must be {list(gate.shape)} like gate, got {_describe(up)}")
     if up.dtype != gate.dtype:
-        raise TypeError(f"swiglu_s2ft: up must have gate's dtype, {gate.dtype}, got {_describe(up)}")
+        raise TypeError(f"{op}: up must have gate's dtype, {gate.dtype}, got {_describe(up)}")
+    if up.device != gate.device:
+        raise ValueError(f"{op}: up must be on gate's device, {gate.device}, got {_describe(up)}")
+
+
+def _check(gate: Tensor, up: Tensor, indices: Tensor) -> None:
+    _check_gate("swiglu_s2ft", gate, up)
     if indices.dtype != torch.int64:
         raise TypeError(f"swiglu_s2ft: indices must be int64, got {_describe(indices)}")
     if indices.dim() != 1:
         raise ValueError(f"swiglu_s2ft: indices must be 1-D, got {_describe(indices)}")
-    for name, tensor in (("up", up), ("indices", indices)):
-        if tensor.device != gate.device:
-            raise ValueError(f"swiglu_s2ft: {name} must be on gate's device, {gate.device}, got {_describe(tensor)}")
+    if indices.device != gate.device:
+        raise ValueError(f"swiglu_s2ft: indices must be on gate's device, {gate.device}, got {_describe(indices)}")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, in one pass over gate and up.
+
+    Args:
+        gate: `[..., K]`, float32, bfloat16, float16 or float64; any strides, zero rows allowed.
+        up: `[..., K]`, in gate's dtype.
+
+    Returns:
+        `[..., K]` in gate's dtype, contiguous, formed in the accumulation dtype and rounded once.
+
+    Saved for backward: gate and up by reference; not the result, see `recompute.swiglu_recipe`.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or device is off; nothing has run.
+        BackendUnavailable: inside `use_backend`, when that backend has no kernel for the call.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    _check_gate("swiglu", gate, up)
+    if torch.compiler.is_compiling():
+        apply = SwiGLUFunction.apply
+    elif _transforms_active():
+        none = gate.new_empty(0, dtype=torch.int64)
+        return reference.swiglu(as_rows(gate), as_rows(up), none)[0].view(gate.shape)
+    else:
+        apply = _apply
+    return apply(gate, up, None, backends.forced_backend())  # type: ignore[no-any-return]
 
 
 def swiglu_s2ft(gate: Tensor, up: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
+from . import recompute
 from ._autocast import autocast_dtype
 from ._register import register_operator, triton_launchers
 from ._views import no_view
@@ -107,8 +108,8 @@ _register()
 class SparseDeltaLinearFunction(torch.autograd.Function):
     """Forward and backward of `sparse_delta_linear`; the products with weight are the library's.
 
-    Saved for backward: x (only while values or weight trains), weight and indices by reference. Nothing of size
-    `[N, K]` is made in either pass.
+    Saved for backward: x (only while values or weight trains; where it is on offer, what it is formed from, see
+    `recompute`), weight and indices by reference. Nothing of size `[N, K]` is made in either pass.
     """
 
     @staticmethod
@@ -124,7 +125,7 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if keep_x else None, weight, values, indices, original)
+        ctx.save_for_backward(weight, values, indices, original, *recompute.to_save(ctx, x if keep_x else None))
         ctx.observer, ctx.backend = observer, backend
         return no_view(F.linear(x, weight, bias))
 
@@ -133,7 +134,7 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         if autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
             with torch.autocast(grad_out.device.type, enabled=False):
                 return SparseDeltaLinearFunction.backward(ctx, grad_out)
-        x, weight, values, indices, original = ctx.saved_tensors
+        weight, values, indices, original, *inputs = ctx.saved_tensors
         need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         if original is not None:
             write = backends.kernel("scatter_write_", weight.device.type, weight.dtype, ctx.backend)
@@ -141,6 +142,7 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
             return _differentiable_backward(ctx, grad_out)
         dy = as_rows(grad_out)
+        x = recompute.saved(ctx, inputs)
         rows = None if x is None else as_rows(x)
         dx = grad_weight = grad_bias = grad_values = None
         if need_x:
@@ -163,7 +165,8 @@ def _observe(ctx, dy: Tensor, rows: Tensor) -> None:  # type: ignore[no-untyped-
 
 def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     """The gradients of the reference, so that they can be differentiated again."""
-    x, weight, values, indices, _ = ctx.saved_tensors
+    weight, values, indices, _, *inputs = ctx.saved_tensors
+    x = recompute.saved(ctx, inputs)
     need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
     dx = grad_weight = grad_bias = grad_values = None
     if need_x:

@@ -189,6 +189,11 @@ class SplitRMSNormFunction(torch.autograd.Function):
         return _shaped(dx, ctx.shape), None, dweight if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
+def _taken_apart() -> bool:
+    """Whether a `torch.func` transform needs the reference; `torch.compile` would put the question into its graph."""
+    return not torch.compiler.is_compiling() and _transforms_active()
+
+
 def _count(shape: torch.Size) -> int:
     count = 1
     for size in shape[:-1]:
@@ -212,13 +217,13 @@ class RopeRowsFunction(torch.autograd.Function):
         return _kernel("rope_rows", grad, ctx.backend)(grad, cos, sin, rows, True), None, None, None, None
 
 
-def _check_rows(op: str, rows: Tensor, like: Tensor) -> None:
+def _check_rows(op: str, rows: Tensor, like: Tensor, name: str = "rows") -> None:
     if rows.dtype != torch.int32:
-        raise TypeError(f"{op}: rows must be int32, got {_describe(rows)}")
+        raise TypeError(f"{op}: {name} must be int32, got {_describe(rows)}")
     if rows.dim() != 1:
-        raise ValueError(f"{op}: rows must be 1-D, got {_describe(rows)}")
+        raise ValueError(f"{op}: {name} must be 1-D, got {_describe(rows)}")
     if rows.device != like.device:
-        raise ValueError(f"{op}: rows must be on {like.device} like the other arguments, got {_describe(rows)}")
+        raise ValueError(f"{op}: {name} must be on {like.device} like the other arguments, got {_describe(rows)}")
 
 
 def _check_floating(op: str, name: str, tensor: Tensor, dimensions: int) -> None:
@@ -253,7 +258,7 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """
     _check_floating("gather_rows", "x", x, 2)
     _check_rows("gather_rows", rows, x)
-    if _transforms_active():
+    if _taken_apart():
         return reference.gather_rows(as_rows(x), rows)
     return GatherRowsFunction.apply(x, rows, backends.forced_backend())  # type: ignore[no-any-return, no-untyped-call]
 
@@ -289,7 +294,7 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor, in_place: b
         )
     if in_place and not residual.is_contiguous():
         raise ValueError(f"{op}: residual must be contiguous to be changed in place, got {_describe(residual)}")
-    if _transforms_active():
+    if _taken_apart():
         return reference.scatter_add_rows(as_rows(residual), as_rows(values), rows).view(residual.shape)
     return ScatterAddRowsFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
         residual, values, rows, in_place and not torch.compiler.is_compiling(), backends.forced_backend()
@@ -330,7 +335,7 @@ def split_rms_norm(
         _check_rows(op, rows, x)
     elif owned:
         raise ValueError(f"{op}: owned needs rows: x itself is kept for backward without them")
-    if _transforms_active():
+    if _taken_apart():
         h, kept, rstd = reference.gather_rms_norm(as_rows(x), rows, weight, eps, offset)
         return x, h, (as_rows(x) if rows is None else kept, rstd)
     residual, h, kept, rstd = SplitRMSNormFunction.apply(  # type: ignore[no-untyped-call]
@@ -376,6 +381,6 @@ def rope_rows(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -
         raise ValueError(
             f"{op}: x must have {count} tokens like {'cos' if rows is None else 'rows'}, got {_describe(x)}"
         )
-    if _transforms_active():
+    if _taken_apart():
         return reference.rope_rows(x, cos, sin, rows, False)
     return RopeRowsFunction.apply(x, cos, sin, rows, backends.forced_backend())  # type: ignore[no-any-return, no-untyped-call]

@@ -10,10 +10,28 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import cross_entropy, deltas, lora, s2ft, sparse_delta, sparse_selection, token_selection
+from . import (
+    cross_entropy,
+    deltas,
+    lora,
+    s2ft,
+    sparse_delta,
+    sparse_selection,
+    token_elimination,
+    token_selection,
+)
 from .case import Case
 
-FAMILIES = (lora, s2ft, sparse_delta, sparse_selection, token_selection, cross_entropy, deltas)
+FAMILIES = (
+    lora,
+    s2ft,
+    sparse_delta,
+    sparse_selection,
+    token_elimination,
+    token_selection,
+    cross_entropy,
+    deltas,
+)
 """Modules that supply inputs: `OPERATORS`, names, and `cases(operator, dtype)`."""
 
 _Cases = Callable[[str, torch.dtype], Iterable[Case]]

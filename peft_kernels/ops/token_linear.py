@@ -1,0 +1,188 @@
+"""A linear layer of the kept tokens between a gather and a scatter: `y = residual`, `y[rows] += x[rows] W^T + bias`.
+
+Formulas, shapes and names are those of `peft_kernels/reference/token_elimination.py`, which the operator
+`gather_linear_scatter` is registered with in `token_elimination.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends
+from ..reference import token_elimination as reference
+from ..reference.lora import as_rows
+from . import recompute
+from ._autocast import autocast_dtype
+from .sparse_delta import _FLOATING, _describe
+from .token_elimination import (
+    _check_floating,
+    _check_like,
+    _check_rows,
+    _kernel,
+    _shaped,
+    _taken_apart,
+    scatter_add_rows,
+)
+
+
+class GatherLinearScatterFunction(torch.autograd.Function):
+    """Forward and backward of `gather_linear_scatter`.
+
+    Saved for backward: rows, weight by reference, and while weight trains the kept rows of x `[S, K]` (x itself, by
+    reference, where it holds them already; where it is on offer, what it is formed from, see `recompute`).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        residual: Tensor | None,
+        onto_x: bool,
+        gathered: bool,
+        backend: str | None,
+    ) -> Tensor:
+        matrix = as_rows(x)
+        kept: tuple[Tensor | None, ...] = (None,)
+        if not ctx.needs_input_grad[1]:
+            ctx.recipe = None
+        elif gathered:
+            kept = recompute.to_save(ctx, x)
+        else:  # the product reads these rows and no others
+            ctx.recipe = None
+            kept = (_kernel("gather_rows", x, backend)(matrix, rows),)
+        ctx.save_for_backward(weight, rows, *kept)
+        ctx.shape, ctx.onto_x, ctx.scattered = x.shape, onto_x, onto_x or residual is not None
+        ctx.gathered, ctx.backend = gathered, backend
+        onto = matrix if onto_x else None if residual is None else as_rows(residual)
+        y = _kernel("gather_linear_scatter", x, backend)(matrix, weight, bias, rows, onto, not gathered, False)
+        return _shaped(y, x.shape if onto_x else y.shape if residual is None else residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        if autocast_dtype(grad.device.type) is not None:  # dtypes were settled in forward
+            with torch.autocast(grad.device.type, enabled=False):
+                return GatherLinearScatterFunction.backward(ctx, grad)
+        weight, rows, *kept = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, need_residual = ctx.needs_input_grad[:5]
+        dy = as_rows(grad)
+        dx = grad_weight = grad_bias = None
+        if need_x:
+            dx = _grad_x(ctx, dy, weight, rows)
+        if need_weight or need_bias:
+            kept_dy = _kept_gradient(ctx, dy, rows)
+            if need_weight:
+                grad_weight = kept_dy.t() @ as_rows(recompute.saved(ctx, kept))
+            if need_bias:
+                grad_bias = kept_dy.sum(0)
+        return dx, grad_weight, grad_bias, None, grad if need_residual else None, None, None, None
+
+
+def _grad_x(ctx, dy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """`dy[rows] W`: where x was, added at rows of dy itself where x was the residual, else of zeros."""
+    product = _kernel("gather_linear_scatter", dy, ctx.backend)
+    dx = product(dy, weight, None, rows, dy if ctx.onto_x else None, ctx.scattered, True)
+    if ctx.onto_x or ctx.gathered:
+        return _shaped(dx, ctx.shape)
+    scattered = dy.new_zeros(ctx.shape)
+    _kernel("scatter_add_rows_", dy, ctx.backend)(as_rows(scattered), dx, rows)
+    return scattered
+
+
+def _kept_gradient(ctx, dy: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """`dy[rows] [S, N]`, with zeros where there is no row."""
+    if ctx.scattered:
+        return _kernel("gather_rows", dy, ctx.backend)(dy, rows)  # type: ignore[no-any-return]
+    return torch.where((rows >= 0)[:, None], dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, residual: Tensor | None, gathered: bool
+) -> None:
+    op = "gather_linear_scatter"
+    _check_floating(op, "x", x, 2)
+    _check_rows(op, rows, x, "indices")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: weight must be [N, {x.shape[-1]}] to match x, got {_describe(weight)}")
+    _check_like(op, "weight", weight, "x", x)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to match weight, got {_describe(bias)}")
+        _check_like(op, "bias", bias, "x", x)
+    count = as_rows(x).shape[0]
+    if gathered and count != rows.shape[0]:
+        raise ValueError(f"{op}: x must have a row for each of indices {list(rows.shape)}, got {_describe(x)}")
+    if residual is None:
+        return
+    _check_floating(op, "residual", residual, 2)
+    _check_like(op, "residual", residual, "x", x)
+    expected = residual.shape[:-1] if gathered else x.shape[:-1]
+    if residual.shape != (*expected, weight.shape[0]):
+        raise ValueError(
+            f"{op}: residual must be {[*expected, weight.shape[0]]} to match x and weight, got {_describe(residual)}"
+        )
+
+
+def gather_linear_scatter(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    residual: Tensor | None = None,
+    *,
+    gathered: bool = False,
+) -> Tensor:
+    """residual with `x[indices] weight^T + bias` added at the rows of the kept tokens.
+
+    Where x is the residual (the same tensor), its gradient is formed by the same operator: `dy[indices] weight` is
+    added at rows of dy.
+
+    Args:
+        x: `[..., K]`, seen as M rows, float32, bfloat16, float16 or float64; any strides. With `gathered`, `[..., K]`
+            of S rows, those of the kept tokens already.
+        weight: `[N, K]` in x's dtype. Usually frozen; gets a gradient, from the kept rows, if it asks for one.
+        bias: `[N]` in x's dtype, or None.
+        indices: `[S]`, int32 rows, sorted and unique; a negative entry stands for no row. That they are in range is
+            trusted.
+        residual: `[..., N]` in x's dtype, with x's leading dimensions (any that make M rows, with `gathered`); None
+            asks for the product alone.
+        gathered: x holds the kept rows, as `gather_rows` returns them.
+
+    Returns:
+        residual's shape, or `[S, N]` without residual, zero where there is no row; in x's dtype, a new tensor. Rows
+        that are not kept are residual's bit for bit. Under autocast x, weight and bias are cast to the autocast dtype
+        first, and the product is added in residual's.
+
+    Saved for backward: indices, weight by reference, and only while weight trains the kept rows of x.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or device is off; nothing has run.
+        BackendUnavailable: inside `use_backend`, when that backend has no kernel for the call.
+
+    Source: Wang et al., "LeMo", 2025 (JENGA, USENIX ATC 2025), section 5.1, "permutation-free".
+    """
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        onto_x = residual is x
+        if x.dtype in _FLOATING and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if residual is None or residual.dtype == x.dtype:
+                return gather_linear_scatter(x, weight, bias, indices, x if onto_x else residual, gathered=gathered)
+            y = gather_linear_scatter(x, weight, bias, indices, gathered=gathered)
+            return scatter_add_rows(residual, y.to(residual.dtype), indices)
+    _check(x, weight, bias, indices, residual, gathered)
+    if _taken_apart():
+        onto = None if residual is None else as_rows(residual)
+        y = reference.gather_linear_scatter(as_rows(x), weight, bias, indices, onto, not gathered, False)
+        return y if residual is None else y.view(residual.shape)
+    onto_x = residual is x and not gathered
+    return GatherLinearScatterFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, weight, bias, indices, None if onto_x else residual, onto_x, gathered, backends.forced_backend()
+    )
