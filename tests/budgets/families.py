@@ -107,6 +107,24 @@ FAMILIES = (
     # Slices of channels: rows, and channels that are neighbors, 16 bytes at a time.
     Family("cuda", r"gather_columns_kernel<[\w ]+>|slice_(write|exchange|adamw)_kernel", opcodes=WIDE, blocks=4),
     Family("cuda", r"swiglu(_backward)?_kernel<\w+>", opcodes=WIDE, blocks=4),
+    # Rows of kept tokens: every matrix 16 bytes at a time; a norm's row stays in registers, with room for 16 warps of
+    # float in backward and 32 else. Losses have a block of 32 warps to themselves, so that rows are read again from L2.
+    Family("cuda", r"(gather_rows|scatter_add_rows|add_rows|rms_norm_rows)_kernel<[\w ]+>", opcodes=WIDE, blocks=4),
+    Family("cuda", r"rope_rows_kernel<\w+>", opcodes=WIDE, blocks=3),
+    Family("cuda", r"gather_rms_norm(_backward)?_kernel<\w+, 4>", opcodes=WIDE, blocks=4),
+    Family("cuda", r"gather_rms_norm_kernel<\w+, 16>", opcodes=WIDE, blocks=2),
+    Family("cuda", r"gather_rms_norm_backward_kernel<\w+, 16>", opcodes=WIDE, blocks=1),
+    Family("cuda", r"norm_weight_grad_kernel<\w+>", opcodes=WIDE[:1], blocks=8),
+    Family("cuda", r"cross_entropy_rows_kernel<\w+>", opcodes=WIDE, blocks=1),
+    Family("cuda", r"choose_blocks_kernel", opcodes=("ATOMS.*",), blocks=1),
+    Family("cuda", r"(row_map|write_tokens)_kernel", blocks=4),
+    Family(
+        "cuda",
+        r"block_scores_kernel<(?P<element>\w+)>",
+        opcodes=TENSOR_CORES,
+        promised=lambda name: tile_intensity(32, 32) * (1.5 if _is_float(name) else 1),
+        dynamic_shared=3 * 2 * 64 * 128,
+    ),
     # The count-th largest product: histograms by atomics, threads enough to keep the arithmetic busy.
     Family("cuda", r"product_histogram_kernel", opcodes=("ATOMS.*", "FMUL*"), blocks=4),
     Family("cuda", r"(check_factors|excluded_histogram|choose_digit)_kernel|select_products_kernel<.*>", blocks=4),

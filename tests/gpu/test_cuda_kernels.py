@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu_check.workloads import launches
 from peft_kernels.reference import philox
 
-from . import cuda, s2ft, sparse_delta
+from . import cuda, s2ft, sparse_delta, token_elimination
 
 cuda.require()
 
@@ -29,9 +29,9 @@ def test_every_kernel_is_accurate(instance, rows):
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("instance", [*sparse_delta.INSTANCES, *s2ft.INSTANCES], ids=str)
+@pytest.mark.parametrize("instance", [*sparse_delta.INSTANCES, *s2ft.INSTANCES, *token_elimination.INSTANCES], ids=str)
 @pytest.mark.parametrize("rows", cuda.ROWS)
-def test_every_kernel_of_deltas_and_slices_is_accurate(instance, rows):
+def test_every_kernel_of_the_other_families_is_accurate(instance, rows):
     instance.check(rows)
 
 
@@ -57,11 +57,11 @@ def test_calls_run_the_kernels_that_they_name():
         for instance in cuda.INSTANCES:
             call = instance.call("aligned")
             cuda.kernel(call.operator)(*call.arguments.values())
-        for instance in (*sparse_delta.INSTANCES, *s2ft.INSTANCES):
+        for instance in (*sparse_delta.INSTANCES, *s2ft.INSTANCES, *token_elimination.INSTANCES):
             instance.check("aligned")
         cuda.kernel("dropout_mask")(3, 5, 0.5, torch.tensor([1, 2], device=cuda.DEVICE))
 
     ran = {name for name, _ in launches(run)}
-    instances = [*cuda.INSTANCES, *sparse_delta.INSTANCES, *s2ft.INSTANCES]
+    instances = [*cuda.INSTANCES, *sparse_delta.INSTANCES, *s2ft.INSTANCES, *token_elimination.INSTANCES]
     patterns = [*(instance.kernel for instance in instances), cuda.MASK_KERNEL]
     assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in ran)] == []

@@ -105,6 +105,55 @@ def test_slice_exchange():
     assert int(weight[-EDGE:].sum()) == 6 * EDGE and bool((original[:, 1] == 2.0).all())
 
 
+def test_rows_are_gathered_and_added(x):
+    rows = torch.arange(1, ROWS, 2, dtype=torch.int32, device=cuda.DEVICE)
+    kept = cuda.kernel("gather_rows")(x, rows)
+    assert torch.equal(kept[-EDGE // 2 :], x[rows[-EDGE // 2 :].long()])
+    y = cuda.kernel("scatter_add_rows")(x, kept, rows)
+    expected = x[-EDGE:].clone()
+    expected[torch.isin(torch.arange(ROWS - EDGE, ROWS, device=cuda.DEVICE), rows)] *= 2
+    assert torch.equal(y[-EDGE:], expected)
+    assert not y[:-EDGE].any()
+    cuda.kernel("scatter_add_rows_")(x, kept, rows)
+    assert torch.equal(x[-EDGE:], expected)
+
+
+def test_norm_of_rows(x):
+    weight = torch.ones(COLUMNS, device=cuda.DEVICE)
+    h, _, rstd = cuda.kernel("gather_rms_norm")(x, None, weight, 1e-5, 0.0)
+    wide = x[-EDGE:].double()
+    exact = (wide.square().mean(1) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd[-EDGE:].double(), exact, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(h[-EDGE:].double(), wide * exact[:, None], rtol=2**-8, atol=0.0)
+    assert not h[:-EDGE].any()
+    del h
+    dx, _ = cuda.kernel("gather_rms_norm_backward")(None, x, x, rstd, weight, 0.0, None, ROWS, False)
+    n = wide * exact[:, None]
+    expected = exact[:, None] * (wide - n * (wide * n).mean(1, keepdim=True))
+    torch.testing.assert_close(dx[-EDGE:].double(), expected, rtol=2**-7, atol=1e-4)
+
+
+def test_heads_are_rotated():
+    heads = COLUMNS // 8
+    x = torch.zeros(ROWS, heads, 8, dtype=torch.bfloat16, device=cuda.DEVICE)
+    x[-1] = integers(heads, 8, dtype=torch.bfloat16)
+    cos, sin = torch.zeros(3, 8, device=cuda.DEVICE), torch.ones(3, 8, device=cuda.DEVICE)
+    rows = torch.full((ROWS,), 2, dtype=torch.int32, device=cuda.DEVICE)
+    turned = cuda.kernel("rope_rows")(x, cos, sin, rows, False)
+    assert torch.equal(turned[-1], torch.cat([-x[-1, :, 4:], x[-1, :, :4]], 1) + 0.0)
+
+
+def test_cross_entropy(x):
+    labels = torch.full((ROWS,), 7, device=cuda.DEVICE)
+    wide = x[-EDGE:].float()
+    losses = cuda.kernel("cross_entropy_rows_")(x, labels, 1.0)
+    exact = torch.nn.functional.cross_entropy(wide, labels[-EDGE:], reduction="none")
+    torch.testing.assert_close(losses[-EDGE:], exact, rtol=1e-5, atol=1e-5)
+    gradient = wide.softmax(1)
+    gradient[:, 7] -= 1.0
+    torch.testing.assert_close(x[-EDGE:].float(), gradient, rtol=2**-7, atol=1e-7)
+
+
 def row_of_mask(row, dropout_p, seed, offset):
     """One row of the reference mask, without the rows before it."""
     group, zero = torch.arange((COLUMNS + 7) // 8), torch.zeros((), dtype=torch.int64)
