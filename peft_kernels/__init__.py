@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import channels, deltas, nn, ops, optim, schedules, slices
+from . import channels, deltas, elimination, nn, ops, optim, schedules, slices
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
-from .config import LoraConfig, S2FTConfig, SparseDeltaConfig
+from .config import LoraConfig, S2FTConfig, SparseDeltaConfig, TokenEliminationConfig
 from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
 from .lottery_ticket import lottery_ticket_positions, rewind
-from .reports import AccelerationReport, InjectionReport
+from .reports import AccelerationReport, EliminationReport, InjectionReport
 from .reselection import Reselector
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerationReport",
     "BackendUnavailable",
+    "EliminationReport",
     "GreenTrainerCallback",
     "HFTCallback",
     "InjectionReport",
@@ -33,11 +34,13 @@ __all__ = [
     "ScheduleCallback",
     "SparseDeltaCallback",
     "SparseDeltaConfig",
+    "TokenEliminationConfig",
     "accelerate",
     "backend_report",
     "channels",
     "deltas",
     "eject",
+    "elimination",
     "inject",
     "keep_freed_memory",
     "load_adapter",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import targets
 from .adapter_files import KEY_PREFIX, read_adapter, write_adapter
 from .config import AdapterConfig
+from .elimination.model import config_of
 from .families import AdapterLayer, Choices, Family, adapter_layers, family_of_file, family_of_layers
 from .inject import commit
 from .planning import Injection, abandon, base_name, first_peft_layer, injection_of, plan_injection, unwrapped
@@ -30,6 +31,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
     leaves the previous adapter. A merged model saves the same adapter as an unmerged one. For a PEFT model this is its
     own `save_pretrained`, put in place the same way.
 
+    An adapter does not say whether tokens were eliminated while it was trained: it is the same for a model that
+    computes for all. Where they were, the configuration is written beside it, `token_elimination.json`, for
+    `TokenEliminationConfig.load`; `load_adapter` does not read it.
+
     Args:
         model: a model after `inject`, one built with our drop-ins, or a PEFT model (accelerated or not).
         directory: created when missing.
@@ -43,12 +48,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
         from .integrations.peft_io import save_peft_adapter
 
         save_peft_adapter(model, directory, is_main_process)
+        _save_elimination(model, directory, is_main_process)
         return
     injection, family, layers = _adapter_of(model)
     live = _tensors(model, family, layers, _saved_modules(model, injection), injection.config.bias)
     tensors = {key: _whole(tensor) for key, tensor in live.items()}
     if is_main_process:
         write_adapter(directory, _config_to_write(model, injection.config, family, layers), tensors)
+    _save_elimination(model, directory, is_main_process)
+
+
+def _save_elimination(model: nn.Module, directory: str | os.PathLike[str], is_main_process: bool) -> None:
+    config = config_of(model)
+    if config is not None and is_main_process:
+        config.save(directory)
 
 
 def load_adapter(

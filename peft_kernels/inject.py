@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
-from . import targets
-from .config import AdapterConfig
+from . import elimination, targets
+from .config import AdapterConfig, TokenEliminationConfig
 from .families import AdapterLayer, Choices, adapter_layers
 from .nn.swiglu_mlp import SwiGLUMLP
 from .planning import (
@@ -25,9 +25,14 @@ from .planning import (
     unwrapped,
     weight_owners,
 )
-from .reports import InjectionReport
+from .reports import EliminationReport, InjectionReport
 
 
+@overload
+def inject(model: nn.Module, config: TokenEliminationConfig) -> EliminationReport: ...
+
+
+@overload
 def inject(
     model: nn.Module,
     config: AdapterConfig,
@@ -36,8 +41,22 @@ def inject(
     autocast_adapter_dtype: bool = True,
     positions: Mapping[str, Any] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-) -> InjectionReport:
+) -> InjectionReport: ...
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig | TokenEliminationConfig,
+    *,
+    seed: int | None = None,
+    autocast_adapter_dtype: bool = True,
+    positions: Mapping[str, Any] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> InjectionReport | EliminationReport:
     """Replaces the linear layers that `config` names by the family's drop-in, in place; freezes everything else.
+
+    A `TokenEliminationConfig` is for decoder layers instead, and freezes nothing: see `elimination.eliminate`. It goes
+    with each of the others, injected before or after.
 
     `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`, `S2FTConfig`
     `nn.S2FTLinear`, and `nn.S2FTConv1D` in the place of transformers' `Conv1D`, which the others refuse. Weights are
@@ -50,7 +69,8 @@ def inject(
 
     Args:
         model: any module; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
-        config: a `LoraConfig`, a `SparseDeltaConfig` or an `S2FTConfig`, or PEFT's `LoraConfig`.
+        config: a `LoraConfig`, a `SparseDeltaConfig` or an `S2FTConfig`, or PEFT's `LoraConfig`; or a
+            `TokenEliminationConfig`, with which none of the other arguments go.
         seed: draws the initial factors or positions from this seed, leaving torch's generators alone; None draws from
             torch's default CPU generator.
         autocast_adapter_dtype: True keeps what trains in float32 over a bfloat16 or float16 model (PEFT's default);
@@ -68,6 +88,11 @@ def inject(
         ValueError, TypeError: nothing matches (the message lists what could), a named module cannot be replaced, the
             model has adapters already, or an option is not supported. The model is then as it was.
     """
+    if isinstance(config, TokenEliminationConfig):
+        for name, value in (("seed", seed), ("positions", positions), ("calibration", calibration)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with a TokenEliminationConfig, got {value!r}")
+        return elimination.eliminate(model, config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return commit(
         model, plan_injection(model, config, Choices(generator, autocast_adapter_dtype, positions, calibration))
@@ -131,10 +156,11 @@ def _trained_beside(model: nn.Module, plan: Plan) -> Iterator[nn.Parameter]:
 def eject(model: nn.Module, merge: bool = True) -> None:
     """Puts the plain layer back in the place of every adapter layer, and undoes what `inject` froze.
 
-    Biases and modules_to_save that were trained keep their trained values.
+    Biases and modules_to_save that were trained keep their trained values. Decoder layers that eliminate tokens get
+    their class back; `elimination.remove` does that alone.
 
     Args:
-        model: a model with adapter layers of ours.
+        model: a model with adapter layers of ours, or with layers that eliminate tokens.
         merge: True leaves the update in the weights, rounded once (for LoRA in a new weight tensor per layer; where
             it was tied to another module's, that tie ends, with a warning). False drops the update; the weights are
             the original ones, to the bit.
@@ -144,6 +170,10 @@ def eject(model: nn.Module, merge: bool = True) -> None:
             back. Nothing has changed then.
     """
     model = unwrapped(model)
+    eliminates = bool(elimination.eliminating_layers(model))
+    if eliminates and not adapter_layers(model):
+        elimination.remove(model)
+        return
     layers = _present(model)
     if "" in layers:
         raise ValueError(f"model is itself a {type(layers['']).__name__}; use its to_linear(merge)")
@@ -152,6 +182,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     injection = injection_of(model)
     if injection is not None and injection.permutation is not None:
         injection.permutation.check(model, layers)
+    if eliminates:
+        elimination.check_removable(model)
     everything = dict(model.named_modules(remove_duplicate=False))
     places = paths_of(everything)
     tied = _tied_weights(model, layers) if merge else []
@@ -172,6 +204,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         delattr(model, STATE)
         if injection.permutation is not None:
             injection.permutation.undo(model)
+    if eliminates:
+        elimination.remove(model)
     if tied:
         warnings.warn(f"merged weights are no longer tied to other modules': {shortened(tied, ', ')}", stacklevel=2)
 

@@ -89,3 +89,69 @@ class InjectionReport(_LayersReport):
             f"trainable params: {self.trainable_parameters:,d} || all params: {self.all_parameters:,d} "
             f"|| trainable%: {share:.4f}"
         )
+
+
+@dataclass(frozen=True)
+class EliminatedLayer:
+    """One decoder layer and the tokens that it computed for.
+
+    Attributes:
+        path: where it sits in the model.
+        kind: its class, by name, as it was before.
+        reason: why it computes for all tokens; None where it eliminates some.
+        keep: its keep ratio.
+        score: what it chooses tokens by.
+        apply_to: which half of it computes for kept tokens alone.
+        own_parts: parts that run as the modules they are, and may keep more for backward, with the reason.
+        calls: calls in training that computed for kept tokens alone.
+        tokens, kept_tokens: of these calls, in all.
+        dense_calls: calls in training that computed for all tokens although they should not have, by reason.
+    """
+
+    path: str
+    kind: str
+    reason: str | None = None
+    keep: float | None = None
+    score: str | None = None
+    apply_to: str | None = None
+    own_parts: dict[str, str] = field(default_factory=dict)
+    calls: int = 0
+    tokens: int = 0
+    kept_tokens: int = 0
+    dense_calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def eliminates(self) -> bool:
+        """Whether it computes for some tokens alone in training."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.path}: dense, {self.reason}"
+        line = f"{self.path}: keep={self.keep:g} by {self.score}, {self.apply_to}"
+        if self.calls:
+            line += f", {self.calls} calls, {self.kept_tokens} of {self.tokens} tokens kept"
+        parts = [f"; {count} dense calls: {reason}" for reason, count in self.dense_calls.items()]
+        parts += [f"; {name} runs as it is: {reason}" for name, reason in self.own_parts.items()]
+        return line + "".join(parts)
+
+
+@dataclass(frozen=True)
+class EliminationReport:
+    """Every decoder layer of a model, and whether it computes for some tokens alone in training."""
+
+    layers: tuple[EliminatedLayer, ...]
+
+    @property
+    def eliminating(self) -> tuple[EliminatedLayer, ...]:
+        """The layers that do."""
+        return tuple(layer for layer in self.layers if layer.eliminates)
+
+    @property
+    def dense(self) -> tuple[EliminatedLayer, ...]:
+        """The layers that do not, each with its reason."""
+        return tuple(layer for layer in self.layers if not layer.eliminates)
+
+    def __str__(self) -> str:
+        head = f"{type(self).__name__}: {len(self.eliminating)} of {len(self.layers)} decoder layers eliminate tokens"
+        return "\n".join([head, *(f"  {layer}" for layer in self.layers)])

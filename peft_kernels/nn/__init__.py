@@ -7,6 +7,7 @@ from .s2ft import S2FTLinear
 from .s2ft_conv1d import S2FTConv1D
 from .sparse_delta import SparseDeltaLinear
 from .swiglu_mlp import SwiGLUMLP
+from .token_elimination import TokenElimination
 
 __all__ = [
     "LoRALinear",
@@ -16,4 +17,5 @@ __all__ = [
     "S2FTLinear",
     "SparseDeltaLinear",
     "SwiGLUMLP",
+    "TokenElimination",
 ]

@@ -1,0 +1,215 @@
+"""The configuration of token elimination: which layers compute for some tokens alone, and how these are chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+SCORES = ("attention", "norm", "gradient", "random", "predictor")
+HALVES = ("both", "attention", "mlp")
+FILE_NAME = "token_elimination.json"
+KIND = "TOKEN_ELIMINATION"
+
+
+@dataclass
+class TokenEliminationConfig:
+    """Decoder layers that compute for the most informative tokens alone while they train; the others pass them by.
+
+    Attributes:
+        keep_ratio: share of the blocks of each sequence that a layer computes for, in [0, 1]; of `B` blocks
+            `ceil(keep_ratio B)` are kept, and the tokens behind the last whole block always. With `threshold` it is
+            the most that is kept, 1 where it is None.
+        threshold: blocks whose score is smaller are not kept either. One of the two, or `schedule`, has to be given.
+        layers: indices of the decoder layers that do, negative ones from the end; None takes all but the first
+            `dense_first` and the last `dense_last`.
+        dense_first, dense_last: see there; not used where `layers` or `schedule` is given.
+        block_size: neighbors that are kept or not together.
+        score: "attention" is the attention that a block gets, "norm" the largest norm of its tokens' hidden states,
+            "random" a random number, "gradient" what `elimination.score_by_gradient` found for the batch, "predictor"
+            what the layer's predictor says.
+        apply_to: which half of a layer computes for kept tokens alone, "attention", "mlp" or "both".
+        train_only: computes for all tokens in evaluation.
+        select_every: so many layers in a row share a selection, which the first of them makes.
+        schedule: keep ratios by index of the layer, layers that it does not name are dense; or a list of them, one
+            for each layer. With it goes neither `layers` nor `keep_ratio`.
+        seed: of score="random"; None draws from torch's generator of the device.
+
+    Raises:
+        ValueError, TypeError: a field's value is out of range or of a wrong type.
+
+    Source: Wang et al., "LeMo: Enabling Less Token Involvement for More Context Fine-tuning", 2025 (JENGA, USENIX ATC
+    2025).
+    """
+
+    keep_ratio: float | None = None
+    threshold: float | None = None
+    layers: list[int] | None = None
+    block_size: int = 64
+    score: Literal["attention", "norm", "gradient", "random", "predictor"] = "attention"
+    apply_to: Literal["both", "attention", "mlp"] = "both"
+    train_only: bool = True
+    select_every: int = 1
+    schedule: dict[int, float] | list[float] | None = None
+    seed: int | None = None
+    dense_first: int = 2
+    dense_last: int = 1
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is not None:
+            check_ratio("keep_ratio", self.keep_ratio)
+        if self.threshold is not None:
+            _check_finite("threshold", self.threshold)
+        if self.schedule is not None:
+            self.schedule = _checked_schedule(self.schedule)
+            for name in ("layers", "keep_ratio"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"schedule says which layers keep how much, so {name} must be None")
+        elif self.keep_ratio is None and self.threshold is None:
+            raise ValueError("keep_ratio, threshold or schedule must be given, got none of them")
+        if self.layers is not None:
+            self.layers = _checked_layers(self.layers)
+        for name, least in (("block_size", 1), ("select_every", 1), ("dense_first", 0), ("dense_last", 0)):
+            _check_integer(name, getattr(self, name), least)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0)
+        for name, choices in (("score", SCORES), ("apply_to", HALVES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not isinstance(self.train_only, bool):
+            raise TypeError(f"train_only must be True or False, got {self.train_only!r}")
+
+    def ratios(self, count: int) -> dict[int, float]:
+        """The keep ratio of each layer that eliminates tokens, by its index, for a model of `count` layers.
+
+        Raises:
+            ValueError: a layer is named that such a model does not have, or none is left.
+        """
+        if self.schedule is not None:
+            given = _checked_schedule(self.schedule)
+            name = "schedule"
+        else:
+            indices = self.layers
+            if indices is None:
+                indices = list(range(self.dense_first, count - self.dense_last))
+                if not indices:
+                    raise ValueError(
+                        f"layers must be given for a model of {count} layers: none is left between the first "
+                        f"{self.dense_first} and the last {self.dense_last}"
+                    )
+            given = dict.fromkeys(indices, 1.0 if self.keep_ratio is None else float(self.keep_ratio))
+            name = "layers"
+        ratios: dict[int, float] = {}
+        for index, ratio in given.items():
+            if not -count <= index < count:
+                raise ValueError(f"{name} must name layers of the model, which has {count}, got {index}")
+            if index % count in ratios:
+                raise ValueError(f"{name} must name each layer once, got {index % count} twice")
+            ratios[index % count] = ratio
+        return dict(sorted(ratios.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `token_elimination.json`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.schedule is not None:  # JSON has no other keys
+            values["schedule"] = {str(index): ratio for index, ratio in _checked_schedule(self.schedule).items()}
+        return {**values, "kind": KIND}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` gives; options that it does not know are warned about.
+
+        Raises:
+            ValueError, TypeError: another kind of configuration, or as for the class.
+        """
+        if values.get("kind", KIND) != KIND:
+            raise ValueError(f"kind must be {KIND!r} for a {cls.__name__}, got {values['kind']!r}")
+        known = {item.name for item in fields(cls)}
+        ignored = {name: value for name, value in values.items() if name not in known | {"kind"}}
+        if ignored:
+            warnings.warn(f"{cls.__name__} ignores options it does not know: {ignored}", stacklevel=2)
+        kept = {name: value for name, value in values.items() if name in known}
+        schedule = kept.get("schedule")
+        if isinstance(schedule, Mapping):
+            kept["schedule"] = {_index(key): ratio for key, ratio in schedule.items()}
+        return cls(**kept)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `token_elimination.json` into a directory, created when missing; written aside, then renamed."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        finished = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
+        try:
+            with finished.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(finished, folder / FILE_NAME)
+        finally:
+            finished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError, TypeError: it is damaged, or as for the class.
+        """
+        path = Path(directory) / FILE_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def check_ratio(name: str, value: Any) -> None:
+    """Raises ValueError unless it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _checked_layers(layers: Any) -> list[int]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of indices or None, got {layers!r}")
+    indices = list(layers)
+    if not indices or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+        raise ValueError(f"layers must be a list of indices, at least one, got {indices!r}")
+    return indices
+
+
+def _checked_schedule(schedule: Any) -> dict[int, float]:
+    if isinstance(schedule, list | tuple):
+        schedule = dict(enumerate(schedule))
+    if not isinstance(schedule, Mapping) or not schedule:
+        raise ValueError(f"schedule must map indices of layers to keep ratios, got {schedule!r}")
+    for index, ratio in schedule.items():
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ValueError(f"schedule must have indices of layers as keys, got {index!r}")
+        check_ratio(f"schedule[{index}]", ratio)
+    return dict(schedule)
+
+
+def _index(key: Any) -> int:
+    try:
+        return int(key)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schedule must have indices of layers as keys, got {key!r}") from error

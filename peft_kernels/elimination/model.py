@@ -1,0 +1,209 @@
+"""Which decoder layers of a model eliminate tokens: taking them over, giving them back, and what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..config import TokenEliminationConfig
+from ..nn.linear import type_name
+from ..nn.selections import EliminationOptions, Selections
+from ..nn.token_elimination import TokenElimination, checked_anatomy, eliminating_class, over
+from ..planning import paths_of, put_module, shortened, unwrapped
+from ..reports import EliminatedLayer, EliminationReport
+from ..schedules.layers import transformer_layers
+
+STATE = "_peft_kernels_token_elimination"
+"""Name of the model's attribute that holds its `Elimination`."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """What `eliminate` remembers on the model; travels with copies and pickles of it.
+
+    Attributes:
+        config: as it was given.
+        selections: what its layers share.
+        dense: reasons by path, of decoder layers that were to eliminate tokens and cannot.
+    """
+
+    config: TokenEliminationConfig
+    selections: Selections
+    dense: dict[str, str]
+
+
+def eliminating_layers(model: nn.Module) -> dict[str, TokenElimination]:
+    """The model's `nn.TokenElimination` layers by path, a layer used at several places once, by its first."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TokenElimination)}
+
+
+def config_of(model: nn.Module) -> TokenEliminationConfig | None:
+    """The configuration that the model eliminates tokens by, or None."""
+    state = unwrapped(model).__dict__.get(STATE)
+    return None if state is None else state.config
+
+
+def eliminate(model: nn.Module, config: TokenEliminationConfig) -> EliminationReport:
+    """Makes decoder layers of a Llama-like model compute for some tokens alone while they train; `inject` calls it.
+
+    Parameters, their names and what trains stay as they are; adapters may be injected before or after.
+
+    Args:
+        model: a causal language model whose decoder layers are pre-norm and sequential, as those of Llama, Mistral,
+            Qwen and the first Gemma; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
+        config: see there.
+
+    Returns:
+        Layer by layer what runs; layers that cannot, where `config.layers` is None, with the reason.
+
+    Raises:
+        TypeError, ValueError: the model has no such layers, a named layer is none, or it eliminates tokens already. The
+            model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if unwrapped(model) is not model:
+        raise ValueError("model is wrapped by torch.compile or DistributedDataParallel; inject into the model first")
+    present = eliminating_layers(model)
+    if present:
+        raise ValueError(f"model eliminates tokens already (at {next(iter(present))}); elimination.remove it first")
+    config = replace(config)  # a copy, checked anew: the caller's may have been edited since
+    layers = list(transformer_layers(model).items())
+    ratios = config.ratios(len(layers))
+    selections = Selections(config.select_every, config.seed)
+    taken, refused = _taken_over(layers, ratios, config, selections)
+    named = config.layers is not None or config.schedule is not None
+    if refused and (named or not taken):
+        found = shortened([f"{path}: {reason}" for path, reason in refused.items()], "; ", limit=3)
+        raise ValueError(f"model has decoder layers that cannot eliminate tokens: {found}")
+    holders = paths_of(dict(model.named_modules(remove_duplicate=False)))
+    places = {path: holders[id(model.get_submodule(path))] for path in taken}
+    for path, layer in taken.items():
+        for place in places[path]:
+            put_module(model, place, layer)
+    setattr(model, STATE, Elimination(config, selections, refused))
+    return report(model)
+
+
+def _taken_over(
+    layers: list[tuple[str, nn.Module]],
+    ratios: Mapping[int, float],
+    config: TokenEliminationConfig,
+    selections: Selections,
+) -> tuple[dict[str, TokenElimination], dict[str, str]]:
+    """The new layers, and reasons for those that cannot be, by path."""
+    anatomies, refused = {}, {}
+    for index, ratio in ratios.items():
+        path, module = layers[index]
+        options = EliminationOptions(
+            ratio, config.block_size, config.score, config.apply_to, config.train_only, config.threshold
+        )
+        try:
+            anatomies[index] = options, checked_anatomy(module, options)
+        except (TypeError, ValueError) as error:
+            refused[path] = str(error).removeprefix("TokenElimination cannot take this layer over: ")
+    taken = {}
+    for number, (index, (options, anatomy)) in enumerate(anatomies.items()):
+        leader = list(anatomies)[number - number % config.select_every]
+        path, module = layers[index]
+        taken[path] = over(module, options, anatomy, selections, index, leader)
+    return taken, refused
+
+
+def remove(model: nn.Module) -> None:
+    """Gives every layer that eliminates tokens its class back; adapters in it stay.
+
+    Raises:
+        ValueError: there is none, or one was sharded since. Nothing has changed then.
+    """
+    model = unwrapped(model)
+    layers = check_removable(model)
+    holders = paths_of(dict(model.named_modules(remove_duplicate=False)))
+    for layer in layers.values():
+        restored = layer.restored()
+        for place in holders[id(layer)]:
+            put_module(model, place, restored)
+    model.__dict__.pop(STATE, None)
+
+
+def check_removable(model: nn.Module) -> dict[str, TokenElimination]:
+    """The layers that `remove` gives their class back; raises what it raises."""
+    layers = eliminating_layers(model)
+    if not layers:
+        raise ValueError("model has no layers that eliminate tokens")
+    for path, layer in layers.items():
+        if type(layer) is not eliminating_class(layer.replaced_type):
+            raise ValueError(
+                f"{path} is a {type_name(layer)}, made of a layer that eliminates tokens (by fully_shard?)"
+            )
+        if not path:
+            raise ValueError("model is itself a layer that eliminates tokens; use its restored()")
+    return layers
+
+
+def set_predictors(model: nn.Module, predictors: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
+    """Gives layers with score="predictor" what predicts their scores.
+
+    Args:
+        model: one that eliminates tokens.
+        predictors: by index of the decoder layer; see `nn.token_scores.Predictor`.
+
+    Raises:
+        ValueError, TypeError: a layer is named that has no use for one, or one is not callable. Nothing has changed.
+    """
+    layers = {
+        layer.elimination.index: layer
+        for layer in eliminating_layers(unwrapped(model)).values()
+        if layer.elimination.options.score == "predictor"
+    }
+    for index, predictor in predictors.items():
+        if index not in layers:
+            raise ValueError(f'predictors must be for layers with score="predictor", {sorted(layers)}, got {index}')
+        if not callable(predictor):
+            raise TypeError(f"predictors[{index}] must be callable, got {type(predictor).__name__}")
+    for index, predictor in predictors.items():
+        layers[index].elimination.predictor = predictor
+
+
+def report(model: nn.Module) -> EliminationReport:
+    """What the layers that eliminate tokens did so far, and which decoder layers are none.
+
+    Calls within a graph of `torch.compile` are not counted.
+    """
+    model = unwrapped(model)
+    state = model.__dict__.get(STATE)
+    refused = {} if state is None else state.dense
+    eliminating = eliminating_layers(model)
+    every = {**_decoder_layers(model), **eliminating}
+    rows = []
+    for path, module in every.items():
+        if not isinstance(module, TokenElimination):
+            reason = refused.get(path, "it was not asked to")
+            rows.append(EliminatedLayer(path, type_name(module), reason=reason))
+            continue
+        own = module.elimination
+        rows.append(
+            EliminatedLayer(
+                path,
+                type_name(module, module.replaced_type),
+                keep=float(own.options.keep),
+                score=own.options.score_name,
+                apply_to=own.options.apply_to,
+                own_parts=own.anatomy.reasons(),
+                calls=own.calls,
+                tokens=own.tokens,
+                kept_tokens=int(own.kept_tokens),
+                dense_calls=dict(own.dense_calls),
+            )
+        )
+    return EliminationReport(tuple(rows))
+
+
+def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All of them, in order; none of a module that holds no list of layers."""
+    try:
+        return transformer_layers(model)
+    except ValueError:
+        return {}

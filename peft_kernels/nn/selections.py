@@ -1,0 +1,253 @@
+"""Who selects tokens and who shares a selection: the state of layers that eliminate tokens, beside their parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import ops
+from . import token_scores
+from .decoder_layer import Anatomy
+from .kept_tokens import Kept
+from .llama_attention import AttentionPart
+
+HALVES = ("both", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class EliminationOptions:
+    """How one layer eliminates tokens; checked when made. See `TokenElimination` for what each is."""
+
+    keep: float = 0.5
+    block_size: int = 64
+    score: str | Callable[[Tensor], Tensor] = "attention"
+    apply_to: str = "both"
+    train_only: bool = True
+    threshold: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0.0 <= self.keep <= 1.0:
+            raise ValueError(f"keep must be in [0, 1], got {self.keep!r}")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size must be an integer of at least 1, got {self.block_size!r}")
+        if not callable(self.score) and self.score not in token_scores.NAMED:
+            raise ValueError(f"score must be one of {', '.join(token_scores.NAMED)} or a callable, got {self.score!r}")
+        if self.apply_to not in HALVES:
+            raise ValueError(f"apply_to must be one of {', '.join(HALVES)}, got {self.apply_to!r}")
+        if not isinstance(self.train_only, bool):
+            raise TypeError(f"train_only must be True or False, got {self.train_only!r}")
+
+    @property
+    def score_name(self) -> str:
+        """The score's name, or the callable's type."""
+        return self.score if isinstance(self.score, str) else type(self.score).__name__
+
+
+@torch.compiler.assume_constant_result
+def _warn_while_compiling(reason: str) -> int:
+    """Warns once per graph: the compiler calls it while it traces, and keeps what it returns."""
+    warnings.warn(f"token elimination of a compiled layer does nothing: {reason}", stacklevel=2)
+    return 0
+
+
+def _recomputing() -> bool:
+    """Whether this runs within backward, where activation checkpointing computes a forward anew."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Selections:
+    """What the layers of a model share: selections of the calls that are under way, and what scores are drawn from.
+
+    A call of the model is known by its table of cosines, which all its layers get and which activation checkpointing
+    gives them again in backward. There every layer finds the selection of its forward, even one that cannot be made
+    anew, or that other calls have been between. Selections go with that table.
+
+    Args:
+        select_every: so many layers in a row share a selection.
+        seed: of random scores; None draws from torch's generator of the device.
+    """
+
+    def __init__(self, select_every: int = 1, seed: int | None = None) -> None:
+        self.select_every = select_every
+        self.seed = seed
+        self.given = token_scores.GivenScores()
+        self.suspended = False
+        self._generators: dict[str, torch.Generator] = {}
+        self._by_call: Any = WeakIdKeyDictionary()
+        self._compiled: dict[Any, tuple[int, Kept]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        generators = {device: generator.get_state() for device, generator in self._generators.items()}
+        return {**self.__dict__, "_by_call": None, "_compiled": {}, "_generators": generators}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._by_call = WeakIdKeyDictionary()
+        self._generators = {
+            device: torch.Generator(device).set_state(saved) for device, saved in state["_generators"].items()
+        }
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """What random scores on a device are drawn from; None for torch's."""
+        if self.seed is None:
+            return None
+        name = str(device)
+        if name not in self._generators:
+            self._generators[name] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[name]
+
+    def find_or_make(self, call: Tensor | None, key: Any, index: int, make: Callable[[], Kept]) -> Kept:
+        """The selection of a layer in a call.
+
+        Args:
+            call: by which the call is known; None where there is nothing.
+            key: of the layers that share it.
+            index: of the layer. The one that made a selection makes it anew in every forward, whatever is there.
+            make: makes one.
+        """
+        if torch.compiler.is_compiling() or call is None:
+            if self.select_every == 1:
+                return make()
+            known = self._compiled
+        else:
+            known = self._by_call.get(call)
+            if known is None:
+                known = self._by_call[call] = {}
+        if key not in known or (known[key][0] == index and not _recomputing()):
+            known[key] = (index, make())
+        return known[key][1]
+
+
+@dataclass
+class LayerElimination:
+    """One layer's part: its options, its place among the others, and what happened so far.
+
+    Attributes:
+        options: how it eliminates.
+        anatomy: what is known of its parts.
+        selections: shared by the model's layers.
+        leader: number of the layer whose selection it uses; its own where that is `index`.
+        index: its number among the model's decoder layers.
+        arguments: names of its class's arguments behind the hidden states.
+        predictor: for score="predictor".
+        calls: calls in training that computed for some tokens alone.
+        tokens, kept_tokens: of those calls, before and after; a tensor where only the device knows.
+        dense_calls: calls in training that were for all tokens though they should not have been, by reason.
+    """
+
+    options: EliminationOptions
+    anatomy: Anatomy
+    selections: Selections
+    leader: int
+    index: int
+    arguments: tuple[str, ...]
+    predictor: Callable[[Tensor], Tensor] | None = None
+    calls: int = 0
+    tokens: int = 0
+    kept_tokens: int | Tensor = 0
+    dense_calls: Counter[str] = field(default_factory=Counter)
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments behind the hidden states, by name."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+
+    def note_dense(self, reason: str) -> None:
+        """Counts a call that was for all tokens, and warns when it is the first one with this reason."""
+        if torch.compiler.is_compiling():
+            _warn_while_compiling(reason)
+            return
+        if _recomputing():
+            return
+        self.dense_calls[reason] += 1
+        if self.dense_calls[reason] == 1:
+            warnings.warn(f"token elimination of layer {self.index} does nothing: {reason}", stacklevel=4)
+
+    def note_call(self, tokens: int, kept: int | Tensor) -> None:
+        """Counts a call; under torch.compile calls are not counted."""
+        if torch.compiler.is_compiling() or _recomputing():
+            return
+        self.calls += 1
+        self.tokens += tokens
+        self.kept_tokens = self.kept_tokens + kept
+
+    def nothing_to_drop(self, tokens: int) -> str | None:
+        """Why a selection of so many tokens would be all of them; None when it would not, or when all are asked for."""
+        options = self.options
+        if options.threshold is not None or options.keep in (0, 1):
+            return None
+        blocks = tokens // options.block_size
+        if blocks < 2:
+            return f"its sequences are shorter than two blocks of {options.block_size} tokens"
+        if ops.kept_tokens(tokens, options.keep, options.block_size) == tokens:
+            return f"keep={options.keep}, rounded up to whole blocks, is all of them"
+        return None
+
+    def select(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Kept | None:
+        """The selection for x `[B, T, H]`; None keeps everything."""
+        options = self.options
+        if options.threshold is None:
+            if options.keep == 1:
+                self.note_call(x.shape[:2].numel(), x.shape[:2].numel())
+                return None
+            reason = self.nothing_to_drop(x.shape[1])
+            if reason is not None:
+                self.note_dense(reason)
+                return None
+        tables = inputs.get("position_embeddings")
+        call = tables[0] if tables else None
+        kept = self.selections.find_or_make(
+            call,
+            (self.leader, options.keep, options.threshold, options.block_size),
+            self.index,
+            lambda: self._make(layer, x, inputs, call),
+        )
+        self.note_call(x.shape[:2].numel(), kept.positions.numel() if kept.counts is None else kept.counts.sum())
+        return kept
+
+    @torch.no_grad()
+    def _make(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Kept:
+        options = self.options
+        tokens = x.shape[1]
+        scores = None if options.keep == 0 else self._scores(layer, x.detach(), inputs, call)
+        if scores is None:
+            scores = x.new_zeros(x.shape[0], tokens // options.block_size, dtype=torch.float32)
+        positions, counts = ops.select_tokens(
+            scores, options.keep, options.block_size, options.threshold, tokens=tokens
+        )
+        if options.threshold is None:
+            return Kept(positions, tokens)
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():  # the count is the host's
+            most, least = int(counts.max()), int(counts.min())
+            positions = positions[:, :most].contiguous()
+            return Kept(positions, tokens, None if least == most else counts)
+        return Kept(positions, tokens, counts)
+
+    def _scores(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Tensor:
+        options = self.options
+        size, score = options.block_size, options.score
+        if score == "attention":
+            attention, part = layer.get_submodule("self_attn"), self.anatomy.attention
+            assert isinstance(part, AttentionPart)  # asked before
+            h = layer.get_submodule("input_layernorm")(x)
+            return token_scores.attention_scores(attention, part, h, inputs, size)
+        if score == "norm":
+            return token_scores.norm_scores(x, inputs, size)
+        if score == "random":
+            return token_scores.random_scores(x, inputs, size, self.selections.generator(x.device))
+        if score == "gradient":
+            given = self.selections.given.take(call, x.shape[0], x.shape[1])
+            return token_scores.token_scores(given, inputs, size)
+        predictor = score if callable(score) else self.predictor
+        if predictor is None:
+            raise RuntimeError(
+                f'score="predictor" needs a predictor for layer {self.index}, got none; give it to TokenElimination or '
+                "elimination.set_predictors"
+            )
+        return token_scores.predicted_scores(predictor, x, inputs, size)
