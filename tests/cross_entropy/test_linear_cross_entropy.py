@@ -243,7 +243,7 @@ def test_logits_are_never_held_whole(trained, dtype):
             loss.backward()
     chunk = 64 * vocabulary * dtype.itemsize
     # Eight chunks would be all; torch's product may lay weight out anew. Some rows are left out, so chunks are shorter.
-    assert chunk * 4 // 5 < peak_of_profile(profile) < chunk + 2 * weight.nbytes + 4 * hidden.nbytes + 64 * tokens
+    assert chunk * 4 // 5 < peak_of_profile(profile) < chunk + 4 * weight.nbytes + 4 * hidden.nbytes + 64 * tokens
 
 
 def test_saved_are_only_gradients():
