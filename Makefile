@@ -39,7 +39,8 @@ unit:
 # Triton reads its interpreter mode at import, so these tests have a process of their own.
 interpreted:
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/lora/test_bad_input.py
-	TRITON_INTERPRET=1 $(PYTEST) tests/s2ft -k "cpu-triton and not number_of_threads"
+	TRITON_INTERPRET=1 $(PYTEST) tests/s2ft tests/token_elimination tests/token_selection \
+		-k "cpu-triton and not number_of_threads and not opcheck and not compile and not more_rows"
 
 # The CUDA kernels, compiled for the CPU by the executor of tests/simt; then the tests of every backend on them. Without
 # those of torch.compile, as simulated operators have no fake kernels, of gradient_topk, which is Python around one, and
@@ -47,8 +48,9 @@ interpreted:
 simulated:
 	$(BIN)/python -m tests.simt.build
 	$(PYTEST) tests/simt
-	PEFT_KERNELS_SIMULATE=1 $(PYTEST) tests/lora tests/s2ft tests/sparse_delta \
-		-k "cpu-cuda and not test_compile and not opcheck and not gradient_topk and not large_weight"
+	PEFT_KERNELS_SIMULATE=1 $(PYTEST) tests/lora tests/s2ft tests/sparse_delta tests/token_elimination \
+		tests/token_selection tests/cross_entropy \
+		-k "cpu-cuda and not test_compile and not opcheck and not gradient_topk and not large_weight and not more_rows"
 
 # An up-to-date build takes seconds: ninja compiles only what changed.
 build: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""The command line: `peft-kernels finetune | plan | delta | info | verify | bench`.
+"""The command line: `peft-kernels finetune | plan | delta | predictor | info | verify | bench`.
 
 Options only; the work is in the modules it calls. Those are imported when their command runs, so that `--help` does
 not wait for them.
@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # an installation without dependencies
     print("Error: the command line needs two more packages: pip install typer rich", file=sys.stderr)
     sys.exit(2)
 
-from . import delta_commands, plan_command
+from . import delta_commands, plan_command, predictor_commands
 from .training.method_options import ADAPTERS, DEFAULTS, METHODS_OF, SCHEDULES, SELECTIONS
 from .training.settings import CHOICES, Settings
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(delta_commands.app)
+app.add_typer(predictor_commands.app)
 app.command()(plan_command.plan)
 
 

@@ -215,7 +215,7 @@ class LayerElimination:
     def _make(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Kept:
         options = self.options
         tokens = x.shape[1]
-        scores = None if options.keep == 0 else self._scores(layer, x.detach(), inputs, call)
+        scores = None if options.keep == 0 else self.scores(layer, x.detach(), inputs, call)
         if scores is None:
             scores = x.new_zeros(x.shape[0], tokens // options.block_size, dtype=torch.float32)
         positions, counts = ops.select_tokens(
@@ -229,7 +229,7 @@ class LayerElimination:
             return Kept(positions, tokens, None if least == most else counts)
         return Kept(positions, tokens, counts)
 
-    def _scores(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Tensor:
+    def scores(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Tensor:
         options = self.options
         size, score = options.block_size, options.score
         if score == "attention":

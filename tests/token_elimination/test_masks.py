@@ -185,7 +185,7 @@ def test_thresholds_keep_what_lies_above(threshold, capacity, monkeypatch):
         select = peft_kernels.ops.select_tokens
 
         def filled(layer, x, inputs, call):
-            scores = own._scores(layer, x, inputs, call)
+            scores = own.scores(layer, x, inputs, call)
             return Kept(*(lambda p, c: (p, 20, c))(*select(scores, 1.0, BLOCK, threshold, tokens=20)))
 
         monkeypatch.setattr(own, "_make", filled)
