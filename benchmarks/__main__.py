@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import calls, deltas, lora, metadata, model, report, results, s2ft, sparse_delta
+from . import calls, deltas, lora, metadata, model, report, results, s2ft, sparse_delta, token_elimination
 from .cases import Progress, Record, failures
 from .gpu_suite import gpu
 from .suites import SUITES, Suite
@@ -26,6 +26,8 @@ BENCHMARKS: dict[str, Callable[[Suite, Progress], Record]] = {
     "sparse_delta_model": model.run_sparse_delta,
     "s2ft": s2ft.run,
     "s2ft_model": model.run_s2ft,
+    "token_elimination": token_elimination.run,
+    "token_elimination_model": model.run_token_elimination,
     "delta_algebra": deltas.run,
 }
 
@@ -57,6 +59,8 @@ def _wanted(suite: Suite, names: Sequence[str]) -> list[str]:
         "sparse_delta_model": suite.sparse_models,
         "s2ft": suite.s2ft,
         "s2ft_model": suite.s2ft_models,
+        "token_elimination": suite.tokens,
+        "token_elimination_model": suite.token_models,
         "delta_algebra": suite.deltas,
     }
     return [name for name in names if cases[name]]

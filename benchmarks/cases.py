@@ -16,11 +16,36 @@ from .suites import (
     S2FTModelCase,
     SparseCase,
     SparseModelCase,
+    TokenCase,
+    TokenModelCase,
 )
 
 Record = dict[str, Any]
-AnyCase = LayerCase | ModelCase | SparseCase | SparseModelCase | S2FTCase | S2FTModelCase | CallCase | DeltaCase
-Case = TypeVar("Case", LayerCase, ModelCase, SparseCase, SparseModelCase, S2FTCase, S2FTModelCase, CallCase, DeltaCase)
+AnyCase = (
+    LayerCase
+    | ModelCase
+    | SparseCase
+    | SparseModelCase
+    | S2FTCase
+    | S2FTModelCase
+    | TokenCase
+    | TokenModelCase
+    | CallCase
+    | DeltaCase
+)
+Case = TypeVar(
+    "Case",
+    LayerCase,
+    ModelCase,
+    SparseCase,
+    SparseModelCase,
+    S2FTCase,
+    S2FTModelCase,
+    TokenCase,
+    TokenModelCase,
+    CallCase,
+    DeltaCase,
+)
 
 
 @dataclass(frozen=True)

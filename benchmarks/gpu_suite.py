@@ -18,6 +18,8 @@ from .suites import (
     SparseCase,
     SparseModelCase,
     Suite,
+    TokenCase,
+    TokenModelCase,
 )
 
 _ATTENTION, _UP, _DOWN = (4096, 4096), (4096, 14336), (14336, 4096)
@@ -34,6 +36,11 @@ and 0.7 for each of the four others that write into theirs; 1.2 of slices, facto
 The step that is taking its turn adds the logits of 8192 tokens in bfloat16, in float32 and with their gradients, 17 at
 most, and what the decoder keeps, a token and layer 76 KB in the frozen model and 158 KB with LoRA: 21.
 So 53 of 84. Sparse deltas need less: 1.9 of weights for each of three arms, and no full fine-tuning.
+
+Token elimination has weights once and factors for seven arms, 0.2 GB each with moments. Of 16384 tokens the arms
+without the chunked loss take 25 of logits, bfloat16, float32 and their gradients, and PEFT's layers in a dense decoder
+would keep 41; ours keep less. An arm for which memory does not suffice is recorded as failed and costs the others
+nothing.
 """
 
 
@@ -62,6 +69,17 @@ def _sparse() -> tuple[SparseCase, ...]:
     )
 
 
+def _token() -> tuple[TokenCase, ...]:
+    keep = 0.5
+    return (
+        *(TokenCase("linear", 16384, *_ATTENTION, share, BF16) for share in (keep, 0.25, 0.75)),
+        *(TokenCase("linear", 16384, *layer, keep, BF16) for layer in (_UP, _DOWN)),
+        *(TokenCase(name, M, 4096, 4096, keep, BF16) for name in ("norm", "scatter") for M in _TOKENS),
+        *(TokenCase("scores", M, 4096, 1024, 1.0, BF16, 128) for M in _TOKENS[::-1]),
+        *(TokenCase("loss", M, 4096, 128256, 1.0, BF16) for M in (8192, 4096)),
+    )
+
+
 def gpu() -> Suite:
     """The suite of a GPU."""
     brief = Plan(warmup=3, min_rounds=11, max_rounds=101, seconds=0.7)
@@ -83,6 +101,9 @@ def gpu() -> Suite:
         s2ft=_s2ft(),
         s2ft_plan=brief,
         s2ft_models=tuple(S2FTModelCase(_MODEL, batch, 2048, 0.03, 0.05, _RANK, BF16) for batch in (4, 1)),
+        tokens=_token(),
+        token_plan=brief,
+        token_models=tuple(TokenModelCase(_MODEL, 1, tokens, 0.5, _RANK, BF16) for tokens in (8192, 16384)),
         model_plan=Plan(warmup=3, min_rounds=9, max_rounds=41, seconds=10.0),
         backends=("reference", "triton", "cuda"),
         memory_of_model=True,

@@ -60,7 +60,7 @@ def _with_adapter(name: str, model: Any, case: ModelCase) -> nn.Module:
     return adapted
 
 
-def _set_adapter_values(parameters: dict[str, nn.Parameter], case: ModelCase) -> None:
+def set_adapter_values(parameters: dict[str, nn.Parameter]) -> None:
     """The same random factors in every arm, keyed by the layer's path; nonzero, or half of the products are idle."""
     for name, parameter in parameters.items():
         found = _FACTOR.match(name)
@@ -81,7 +81,7 @@ def build(name: str, base: nn.Module, case: ModelCase) -> ModelArm:
         return ModelArm(name, model.train(), None)
     arm = ModelArm(name, _with_adapter(name, model, case).train(), None)
     parameters = arm.trainable()
-    _set_adapter_values(parameters, case)
+    set_adapter_values(parameters)
     arm.optimizer = torch.optim.AdamW(list(parameters.values()), lr=1e-4, fused=True)
     return arm
 

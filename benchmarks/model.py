@@ -96,7 +96,7 @@ def measure(case: AnyModelCase, suite: Suite, base: nn.Module, tokens: Sequence[
     ready = [arm for arm in ready if _first_steps(arm, records[arm.name], tokens[0])]
     timed = [Arm(arm.name, run(arm)) for arm in ready]
     family = family_of(case)
-    bases = (model_arms.FROZEN, family.peft(case))
+    bases = (model_arms.FROZEN, family.peft(case), *family.bases)
     times = summarize(interleave(timed, suite.model_plan, suite.device_type), bases)
     for arm in ready:
         records[arm.name].update(times[arm.name], status="measured")
@@ -165,6 +165,11 @@ def run_s2ft(suite: Suite, progress: Progress) -> Record:
     return _run(suite, suite.s2ft_models, progress)
 
 
+def run_token_elimination(suite: Suite, progress: Progress) -> Record:
+    """All model cases of `suite` for token elimination."""
+    return _run(suite, suite.token_models, progress)
+
+
 def _label(record: Record) -> str:
     case = record["case"]
     size = f"{case['batch_size']} x {case['sequence_length']}"
@@ -175,6 +180,8 @@ def adapter_of(case: Record) -> str:
     """The adapter of a case, in words."""
     if "down" in case:
         return f"down {case['down']:.0%}, o {case['o']:.0%}; LoRA r={case['r']}"
+    if "keep" in case:
+        return f"keep {case['keep']:g} in blocks of {case['block_size']}; LoRA r={case['r']}"
     if "dropout_p" in case:
         return f"r={case['r']}, dropout {case['dropout_p']}"
     return f"as many as r={case['r']}" if case["density"] is None else f"density {case['density']:.2%}"

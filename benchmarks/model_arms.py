@@ -14,27 +14,39 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+import peft_kernels as pk
 from peft_kernels.training.arms import copy_sharing_parameters
 
-from .suites import AnyModelCase, ModelCase, S2FTModelCase, SparseModelCase
+from .suites import AnyModelCase, ModelCase, S2FTModelCase, SparseModelCase, TokenModelCase
 
 FROZEN = "frozen model"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-Case = TypeVar("Case", ModelCase, SparseModelCase, S2FTModelCase)
+Case = TypeVar("Case", ModelCase, SparseModelCase, S2FTModelCase, TokenModelCase)
 
 
 @dataclass
 class ModelArm:
-    """A model in training mode with its optimizer (None when nothing trains)."""
+    """A model in training mode with its optimizer (None when nothing trains).
+
+    Attributes:
+        chunked_loss: whether the loss is `pk.causal_lm_loss` instead of the model's own.
+    """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
+    chunked_loss: bool = False
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The loss with its graph. batch int64 `[batch_size, sequence_length]`."""
+        if self.chunked_loss:
+            return pk.causal_lm_loss(self.model, batch, batch)
+        return self.model(input_ids=batch, labels=batch).loss  # type: ignore[no-any-return]
 
     def forward_backward(self, batch: Tensor) -> Tensor:
         """The loss, detached; gradients are left in `.grad`. batch int64 `[batch_size, sequence_length]`."""
-        loss = self.model(input_ids=batch, labels=batch).loss
+        loss = self.loss(batch)
         loss.backward()
         return loss.detach()
 
@@ -73,11 +85,13 @@ class ArmFamily(Generic[Case]):
     Attributes:
         names: the arms of a case, the frozen model first.
         build: one of them over the parameters of a base model, which itself stays as it is.
-        ideal_ratio: operations with adapters over operations of the frozen model, linears alone (attention left out).
+        ideal_ratio: operations with adapters over operations of the frozen model, linears alone (attention left out);
+            of token elimination see there.
         peft: the arm that memory is compared with.
         same_loss: by arm, whose first loss its own must be, as they begin with the same weights; None where that
             cannot be said.
         optimizer: in words, for the result file.
+        bases: further arms that times are taken relative to.
     """
 
     names: Callable[[Case], tuple[str, ...]]
@@ -86,6 +100,7 @@ class ArmFamily(Generic[Case]):
     peft: Callable[[Case], str]
     same_loss: Callable[[Case, str], str | None]
     optimizer: str
+    bases: tuple[str, ...] = ()
 
 
 def bare_model(base: nn.Module) -> Any:

@@ -35,7 +35,7 @@ def _saved_by(arm: ModelArm, batch: Tensor) -> dict[str, Any]:
     """
     decoder: Any = arm.model.get_decoder()  # type: ignore[operator]
     forwards = {
-        "bytes": lambda: arm.model(input_ids=batch, labels=batch).loss,
+        "bytes": lambda: arm.loss(batch),
         "decoder_bytes": lambda: decoder(input_ids=batch).last_hidden_state,
     }
     resident = [*arm.resident_tensors(), batch]

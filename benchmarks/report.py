@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import results, tables
+from . import results, tables, token_tables
 from .results import Section
 
 _BLOCK = re.compile(
@@ -55,6 +55,10 @@ _KINDS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "s2ft-model-time-to-lora": ("s2ft_model", tables.model_time_to_lora),
     "s2ft-model-saved": ("s2ft_model", tables.model_saved),
     "s2ft-model-memory": ("s2ft_model", tables.model_memory),
+    "token-operations": ("token_elimination", token_tables.operations),
+    "token-model-time": ("token_elimination_model", token_tables.model_time),
+    "token-model-memory": ("token_elimination_model", token_tables.model_memory),
+    "token-model-saved": ("token_elimination_model", token_tables.model_saved),
     "call-overhead": ("call_overhead", tables.call_overhead),
     "delta-algebra": ("delta_algebra", tables.delta_algebra),
 }

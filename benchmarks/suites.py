@@ -63,7 +63,26 @@ class S2FTModelCase:
     dtype: torch.dtype
 
 
-AnyModelCase = ModelCase | SparseModelCase | S2FTModelCase
+@dataclass(frozen=True)
+class TokenModelCase:
+    """The same with LoRA of rank r, where decoder layers compute for a share `keep` of the tokens alone, in blocks.
+
+    Attributes:
+        dense_first, dense_last: decoder layers at both ends that compute for all.
+    """
+
+    model: str
+    batch_size: int
+    sequence_length: int
+    keep: float
+    r: int
+    dtype: torch.dtype
+    block_size: int = 64
+    dense_first: int = 2
+    dense_last: int = 1
+
+
+AnyModelCase = ModelCase | SparseModelCase | S2FTModelCase | TokenModelCase
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,29 @@ class S2FTCase:
     def channels(self) -> int:
         """How many channels of each weight train."""
         return max(1, round(self.ratio * (self.K if self.dim == "input" else self.N)))
+
+
+@dataclass(frozen=True)
+class TokenCase:
+    """One operation of token elimination: "norm", "scatter", "linear", "scores" or "loss", see
+    `benchmarks/token_elimination.py`.
+
+    Attributes:
+        M: tokens, of one sequence.
+        K: features that go in: hidden size; of "scores" those of all queries.
+        N: features that come out: of "linear" and, as the vocabulary, of "loss"; of "scores" those of all keys.
+        keep: share of the blocks that is kept; 1 where an operation sees all tokens.
+        head: size of a head, of "scores"; else 0.
+    """
+
+    operation: str
+    M: int
+    K: int
+    N: int
+    keep: float
+    dtype: torch.dtype
+    head: int = 0
+    block_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -161,6 +203,9 @@ class Suite:
     s2ft: tuple[S2FTCase, ...] = ()
     s2ft_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     s2ft_models: tuple[S2FTModelCase, ...] = ()
+    tokens: tuple[TokenCase, ...] = ()
+    token_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
+    token_models: tuple[TokenModelCase, ...] = ()
     model_plan: Plan = Plan()  # noqa: RUF009  (frozen, shared on purpose)
     backends: tuple[str, ...] = ()
     memory_of_model: bool = False
@@ -200,6 +245,21 @@ def _s2ft() -> tuple[S2FTCase, ...]:
     )
 
 
+def _tokens() -> tuple[TokenCase, ...]:
+    both = (BF16, FP32)
+    # Hidden size and MLP of SmolLM2-135M at its 2048 tokens, and of Llama-3.2-1B.
+    hidden = ((2048, 576), (2048, 2048))
+    linears = ((2048, 576, 1536), (2048, 1536, 576), (2048, 2048, 2048), (1024, 2048, 8192))
+    scores = ((2048, 576, 192, 64), (2048, 2048, 512, 64))
+    heads = ((2048, 576, 49152), (512, 2048, 128256))
+    return (
+        *(TokenCase("linear", *size, keep, dtype) for size in linears for dtype in both for keep in (0.5, 0.25)),
+        *(TokenCase(name, M, K, K, 0.5, dtype) for name in ("norm", "scatter") for M, K in hidden for dtype in both),
+        *(TokenCase("scores", M, K, N, 1.0, dtype, head) for M, K, N, head in scores for dtype in both),
+        *(TokenCase("loss", *size, 1.0, dtype) for size in heads for dtype in both),
+    )
+
+
 def _cpu() -> Suite:
     square = [LayerCase(1024, 2048, 2048, 16, dtype, p) for dtype in (FP32, BF16) for p in (0.0, 0.05)]
     # The shapes of SmolLM2-135M at batch 2 x 256: its MLP's two directions and its key and value projections.
@@ -225,6 +285,9 @@ def _cpu() -> Suite:
         s2ft=_s2ft(),
         s2ft_plan=Plan(warmup=5, min_rounds=21, max_rounds=201, seconds=3.0),
         s2ft_models=(S2FTModelCase("smollm2", 2, 256, 0.03, 0.05, 16, BF16),),
+        tokens=_tokens(),
+        token_plan=Plan(warmup=3, min_rounds=9, max_rounds=201, seconds=3.0),
+        token_models=tuple(TokenModelCase("smollm2", 1, 2048, 0.5, 16, dtype) for dtype in (BF16, FP32)),
         model_plan=Plan(warmup=2, min_rounds=11, max_rounds=15, seconds=120.0),
         memory_of_model=True,
         deltas=tuple(DeltaCase("smollm2-135m", name, d, FP32) for d in (1.0, 0.05) for name in DELTA_METHODS),
@@ -255,6 +318,14 @@ def _smoke() -> Suite:
         ),
         s2ft_plan=quick,
         s2ft_models=(S2FTModelCase("random:llama-tiny", 2, 16, 0.1, 0.3, 4, FP32),),
+        tokens=(
+            *(TokenCase(name, 32, 48, 48, 0.5, BF16, block_size=8) for name in ("norm", "scatter", "linear")),
+            TokenCase("linear", 32, 48, 40, 0.25, FP32, block_size=8),
+            TokenCase("scores", 36, 64, 32, 1.0, FP32, head=16, block_size=8),
+            TokenCase("loss", 32, 48, 100, 1.0, BF16),
+        ),
+        token_plan=quick,
+        token_models=(TokenModelCase("random:llama-tiny", 2, 32, 0.5, 4, FP32, 8, 1, 0),),
         model_plan=quick,
         backends=("reference", "triton"),
         memory_of_model=True,

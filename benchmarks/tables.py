@@ -9,7 +9,7 @@ from . import delta_arms, lora, model, model_arms, peers, s2ft, s2ft_arms, spars
 from .results import Section
 
 NOT_MEASURED = "not measured"
-_PEAKS = ("resident_bytes", "tensor_bytes")
+PEAKS = ("resident_bytes", "tensor_bytes")
 Row = list[str]
 
 
@@ -20,7 +20,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _ratio(summary: dict[str, Any], base: str) -> str:
+def ratio_of(summary: dict[str, Any], base: str) -> str:
     """Median of the per-round ratios and its quartiles."""
     ratio = summary.get("relative_to", {}).get(base)
     if ratio is None:
@@ -34,13 +34,13 @@ def _speed_up(summary: dict[str, Any]) -> str:
     return NOT_MEASURED if ratio is None else f"{1.0 / ratio['median_of_ratios']:.2f}"
 
 
-def _arm_names(section: Section, leave_out: str | None = None) -> list[str]:
+def arm_names(section: Section, leave_out: str | None = None) -> list[str]:
     """Every arm of the section, in the order of `peers`."""
     names = {name for record in section["train_info"]["cases"] for name in record.get("arms", {})}
     return sorted(names - {leave_out}, key=peers.position)
 
 
-def _cell(record: dict[str, Any], name: str, value: Callable[[dict[str, Any]], str]) -> str:
+def cell(record: dict[str, Any], name: str, value: Callable[[dict[str, Any]], str]) -> str:
     """`value` of an arm, or in a word why there is none."""
     arm = record.get("arms", {}).get(name)
     if arm is None:
@@ -48,7 +48,8 @@ def _cell(record: dict[str, Any], name: str, value: Callable[[dict[str, Any]], s
     return value(arm) if arm.get("status", "measured") == "measured" else str(arm["status"])
 
 
-def _megabytes(value: float | None) -> str:
+def megabytes(value: float | None) -> str:
+    """MB with a decimal, or why there are none."""
     return NOT_MEASURED if value is None else f"{value / 1e6:.1f}"
 
 
@@ -56,12 +57,13 @@ def _layer_label(case: dict[str, Any]) -> Row:
     return [f"{case['K']} to {case['N']}, M={case['M']}, r={case['r']}", case["dtype"], str(case["dropout_p"])]
 
 
-def _unreached(section: Section, label: Callable[[dict[str, Any]], Row], columns: int) -> list[Row]:
+def unreached(section: Section, label: Callable[[dict[str, Any]], Row], columns: int) -> list[Row]:
+    """Lines of the cases for which no time was left."""
     return [[*label(case), *[NOT_MEASURED] * columns] for case in section["train_info"]["not_reached"]]
 
 
 def _layer_times(section: Section, mode: str) -> str:
-    names = _arm_names(section, leave_out=peers.FROZEN)
+    names = arm_names(section, leave_out=peers.FROZEN)
     header = [
         *("layer", "dtype", "dropout", f"{peers.FROZEN}, ms", *names),
         *("limit: ideal", "limit: split", "ours: times faster than PEFT"),
@@ -72,13 +74,13 @@ def _layer_times(section: Section, mode: str) -> str:
         rows.append(
             [
                 *_layer_label(record["case"]),
-                _cell(record, peers.FROZEN, lambda arm: f"{arm[mode]['median_s'] * 1e3:.3f}"),
-                *[_cell(record, name, lambda arm: _ratio(arm[mode], peers.FROZEN)) for name in names],
+                cell(record, peers.FROZEN, lambda arm: f"{arm[mode]['median_s'] * 1e3:.3f}"),
+                *[cell(record, name, lambda arm: ratio_of(arm[mode], peers.FROZEN)) for name in names],
                 *([f"{limits[key]:.3f}" for key in ("ideal_ratio", "split_ratio")] if limits else [NOT_MEASURED] * 2),
-                _cell(record, peers.OURS, lambda arm: _speed_up(arm[mode])),
+                cell(record, peers.OURS, lambda arm: _speed_up(arm[mode])),
             ]
         )
-    return markdown(header, [*rows, *_unreached(section, _layer_label, len(header) - 3)])
+    return markdown(header, [*rows, *unreached(section, _layer_label, len(header) - 3)])
 
 
 def layer_forward(section: Section) -> str:
@@ -93,37 +95,38 @@ def layer_forward_backward(section: Section) -> str:
 
 def layer_memory(section: Section) -> str:
     """MB saved for backward (x included where it is kept) / MB at the peak of one forward + backward."""
-    names = [name for name in _arm_names(section) if "[" not in name]
+    names = [name for name in arm_names(section) if "[" not in name]
     header = ["layer", "dtype", "dropout", "limit: x + hidden", *names]
     rows = []
     for record in section["train_info"]["cases"]:
 
         def bytes_of(arm: dict[str, Any]) -> str:
-            return f"{_megabytes(arm['saved_bytes'])} / {_megabytes(arm['peak_bytes'])}"
+            return f"{megabytes(arm['saved_bytes'])} / {megabytes(arm['peak_bytes'])}"
 
-        limit = _megabytes(record.get("limits", {}).get("saved_bytes"))
-        rows.append([*_layer_label(record["case"]), limit, *[_cell(record, name, bytes_of) for name in names]])
-    return markdown(header, [*rows, *_unreached(section, _layer_label, len(header) - 3)])
+        limit = megabytes(record.get("limits", {}).get("saved_bytes"))
+        rows.append([*_layer_label(record["case"]), limit, *[cell(record, name, bytes_of) for name in names]])
+    return markdown(header, [*rows, *unreached(section, _layer_label, len(header) - 3)])
 
 
-def _model_label(case: dict[str, Any]) -> Row:
+def model_label(case: dict[str, Any]) -> Row:
+    """The first columns of a model's case."""
     size = f"{case['batch_size']} x {case['sequence_length']}"
     return [f"{case['model']}, {size}", model.adapter_of(case), case["dtype"]]
 
 
 def _model_times(section: Section, base: str, limit: bool) -> str:
-    names = _arm_names(section, leave_out=base)
+    names = arm_names(section, leave_out=base)
     header = ["model", "adapter", "dtype", f"{base}, s per step", *names, *(["limit: ideal"] if limit else [])]
     rows = []
     for record in section["train_info"]["cases"]:
         limits = record.get("limits")
         row = [
-            *_model_label(record["case"]),
-            _cell(record, base, lambda arm: f"{arm['median_s']:.3f}"),
-            *[_cell(record, name, lambda arm: _ratio(arm, base)) for name in names],
+            *model_label(record["case"]),
+            cell(record, base, lambda arm: f"{arm['median_s']:.3f}"),
+            *[cell(record, name, lambda arm: ratio_of(arm, base)) for name in names],
         ]
         rows.append([*row, f"{limits['ideal_ratio']:.3f}" if limits else NOT_MEASURED] if limit else row)
-    return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+    return markdown(header, [*rows, *unreached(section, model_label, len(header) - 3)])
 
 
 def model_time(section: Section) -> str:
@@ -138,21 +141,21 @@ def model_time_to_lora(section: Section) -> str:
 
 def model_memory(section: Section) -> str:
     """MB that an adapter adds to the frozen model's peak: resident memory (CPU) / tensors, and as a share of PEFT's."""
-    names = _arm_names(section, leave_out=model_arms.FROZEN)
+    names = arm_names(section, leave_out=model_arms.FROZEN)
     header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, peak MB", *names]
 
     def peak(arm: dict[str, Any]) -> str:
         taken = arm.get("memory", {})
         if "tensor_bytes" not in taken:
             return str(taken.get("status", NOT_MEASURED))
-        return " / ".join(_megabytes(taken[key]) for key in _PEAKS if key in taken)
+        return " / ".join(megabytes(taken[key]) for key in PEAKS if key in taken)
 
     def added(arm: dict[str, Any]) -> str:
         taken = arm.get("memory", {})
         more = taken.get("added")
         if more is None:
             return str(taken.get("status", NOT_MEASURED))
-        text = " / ".join(f"{more[key] / 1e6:+.1f}" for key in _PEAKS if key in more)
+        text = " / ".join(f"{more[key] / 1e6:+.1f}" for key in PEAKS if key in more)
         shares = more.get("relative_to_peft")
         if shares is None:
             return text
@@ -161,18 +164,18 @@ def model_memory(section: Section) -> str:
 
     rows = [
         [
-            *_model_label(record["case"]),
-            _cell(record, model_arms.FROZEN, peak),
-            *[_cell(record, name, added) for name in names],
+            *model_label(record["case"]),
+            cell(record, model_arms.FROZEN, peak),
+            *[cell(record, name, added) for name in names],
         ]
         for record in section["train_info"]["cases"]
     ]
-    return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+    return markdown(header, [*rows, *unreached(section, model_label, len(header) - 3)])
 
 
 def model_saved(section: Section) -> str:
     """MB that forward keeps for backward: to the loss / to the last hidden state; relative to the frozen model."""
-    names = _arm_names(section, leave_out=model_arms.FROZEN)
+    names = arm_names(section, leave_out=model_arms.FROZEN)
     header = ["model", "adapter", "dtype", f"{model_arms.FROZEN}, MB", *names]
     keys = ("bytes", "decoder_bytes")
 
@@ -180,15 +183,15 @@ def model_saved(section: Section) -> str:
         saved = arm.get("saved")
         if saved is None:
             return NOT_MEASURED
-        text = " / ".join(_megabytes(saved[key]) for key in keys)
+        text = " / ".join(megabytes(saved[key]) for key in keys)
         shares = saved.get("relative_to_frozen")
         return text if shares is None else f"{text} ({' / '.join(f'{shares[key]:.3f}' for key in keys)})"
 
     rows = [
-        [*_model_label(record["case"]), *[_cell(record, name, kept) for name in (model_arms.FROZEN, *names)]]
+        [*model_label(record["case"]), *[cell(record, name, kept) for name in (model_arms.FROZEN, *names)]]
         for record in section["train_info"]["cases"]
     ]
-    return markdown(header, [*rows, *_unreached(section, _model_label, len(header) - 3)])
+    return markdown(header, [*rows, *unreached(section, model_label, len(header) - 3)])
 
 
 def _s2ft_label(case: dict[str, Any]) -> Row:
@@ -203,7 +206,7 @@ def s2ft_operations(section: Section) -> str:
     ]
     rows = []
     for record in section["train_info"]["cases"]:
-        ours = _cell(record, s2ft.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+        ours = cell(record, s2ft.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
         limits = record.get("limits", {}).get("times_faster", {})
         arms = record.get("arms", {})
         case = record["case"]
@@ -215,12 +218,12 @@ def s2ft_operations(section: Section) -> str:
                 ratio = arm.get("relative_to", {}).get(base)
                 return NOT_MEASURED if ratio is None else f"{1.0 / ratio['median_of_ratios']:.2f}"
 
-            time = _cell(record, base, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
-            ratio = _cell(record, s2ft.OURS, lambda arm, base=base: _ratio(arm, base))  # type: ignore[misc]
+            time = cell(record, base, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+            ratio = cell(record, s2ft.OURS, lambda arm, base=base: ratio_of(arm, base))  # type: ignore[misc]
             limit = f"{limits[base]:.2f}" if base in limits else ""
-            factor = _cell(record, s2ft.OURS, faster)
+            factor = cell(record, s2ft.OURS, faster)
             rows.append([*_s2ft_label(record["case"]), ours, base, time, ratio, factor, limit])
-    return markdown(header, [*rows, *_unreached(section, _s2ft_label, len(header) - 4)])
+    return markdown(header, [*rows, *unreached(section, _s2ft_label, len(header) - 4)])
 
 
 def _sparse_label(case: dict[str, Any]) -> Row:
@@ -233,12 +236,12 @@ def sparse_operations(section: Section) -> str:
     header = ["operation", "layer", "density", "dtype", "ours, us", "compared with", "us", "ours relative to it"]
     rows = []
     for record in section["train_info"]["cases"]:
-        ours = _cell(record, sparse_delta.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+        ours = cell(record, sparse_delta.OURS, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
         for base in sparse_delta.BASES[record["case"]["operation"]]:
-            time = _cell(record, base, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
-            ratio = _cell(record, sparse_delta.OURS, lambda arm, base=base: _ratio(arm, base))  # type: ignore[misc]
+            time = cell(record, base, lambda arm: f"{arm['median_s'] * 1e6:.0f}")
+            ratio = cell(record, sparse_delta.OURS, lambda arm, base=base: ratio_of(arm, base))  # type: ignore[misc]
             rows.append([*_sparse_label(record["case"]), ours, base, time, ratio])
-    return markdown(header, [*rows, *_unreached(section, _sparse_label, len(header) - 4)])
+    return markdown(header, [*rows, *unreached(section, _sparse_label, len(header) - 4)])
 
 
 def _call_label(case: dict[str, Any]) -> Row:
@@ -247,14 +250,14 @@ def _call_label(case: dict[str, Any]) -> Row:
 
 def call_overhead(section: Section) -> str:
     """Microseconds per forward + backward of one tiny layer."""
-    names = _arm_names(section)
+    names = arm_names(section)
     header = ["layer", "dropout", *[f"{name}, us" for name in names], "ours relative to PEFT"]
     rows = []
     for record in section["train_info"]["cases"]:
-        times = [_cell(record, name, lambda arm: f"{arm['median_s'] * 1e6:.1f}") for name in names]
-        ours = _cell(record, peers.OURS, lambda arm: _ratio(arm, peers.PEFT))
+        times = [cell(record, name, lambda arm: f"{arm['median_s'] * 1e6:.1f}") for name in names]
+        ours = cell(record, peers.OURS, lambda arm: ratio_of(arm, peers.PEFT))
         rows.append([*_call_label(record["case"]), *times, ours])
-    return markdown(header, [*rows, *_unreached(section, _call_label, len(header) - 2)])
+    return markdown(header, [*rows, *unreached(section, _call_label, len(header) - 2)])
 
 
 def _delta_label(case: dict[str, Any]) -> Row:
@@ -270,7 +273,7 @@ def delta_algebra(section: Section) -> str:
     ]
 
     def peak(arm: dict[str, Any]) -> str:
-        return _megabytes(arm.get("memory", {}).get("resident_bytes"))
+        return megabytes(arm.get("memory", {}).get("resident_bytes"))
 
     def share(arm: dict[str, Any]) -> str:
         part = arm.get("memory", {}).get("share_of_dense")
@@ -283,14 +286,14 @@ def delta_algebra(section: Section) -> str:
     rows = [
         [
             *_delta_label(record["case"]),
-            *[_cell(record, name, lambda arm: f"{arm['median_s']:.2f}") for name in (dense, ours)],
-            _cell(record, ours, faster),
-            *[_cell(record, name, peak) for name in (dense, ours)],
-            _cell(record, ours, share),
+            *[cell(record, name, lambda arm: f"{arm['median_s']:.2f}") for name in (dense, ours)],
+            cell(record, ours, faster),
+            *[cell(record, name, peak) for name in (dense, ours)],
+            cell(record, ours, share),
         ]
         for record in section["train_info"]["cases"]
     ]
-    return markdown(header, [*rows, *_unreached(section, _delta_label, len(header) - 3)])
+    return markdown(header, [*rows, *unreached(section, _delta_label, len(header) - 3)])
 
 
 def remarks(section: Section) -> list[str]:

@@ -15,6 +15,7 @@ from .reports import AccelerationReport, EliminationReport, InjectionReport
 from .reselection import Reselector
 
 if TYPE_CHECKING:
+    from .integrations.causal_lm import causal_lm_loss
     from .integrations.peft import accelerate, restore
     from .integrations.schedules import GreenTrainerCallback, HFTCallback, LISACallback, ScheduleCallback
     from .integrations.transformers import SparseDeltaCallback
@@ -37,6 +38,7 @@ __all__ = [
     "TokenEliminationConfig",
     "accelerate",
     "backend_report",
+    "causal_lm_loss",
     "channels",
     "deltas",
     "eject",
@@ -76,4 +78,8 @@ def __getattr__(name: str) -> Any:
         from .integrations import schedules as schedule_callbacks
 
         return getattr(schedule_callbacks, name)
+    if name == "causal_lm_loss":
+        from .integrations.causal_lm import causal_lm_loss
+
+        return causal_lm_loss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

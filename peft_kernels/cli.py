@@ -152,6 +152,25 @@ def finetune(
     target_modules: Annotated[
         str | None, _option("target_modules", "Layer names separated by commas, or all-linear")
     ] = None,
+    token_elimination: Annotated[
+        float | None,
+        _option("token_elimination", "Share of the tokens that decoder layers compute for in training, in blocks"),
+    ] = None,
+    token_score: Annotated[str | None, _option("token_score", "What says which blocks are kept")] = None,
+    token_block_size: Annotated[
+        int | None, _option("token_block_size", "Neighboring tokens that are kept or not together")
+    ] = None,
+    token_select_every: Annotated[
+        int | None, _option("token_select_every", "Layers in a row that share a choice of tokens")
+    ] = None,
+    token_layers: Annotated[
+        str | None,
+        _option("token_layers", "Indices of the layers, separated by commas (default: all but the first two and last)"),
+    ] = None,
+    chunked_loss: Annotated[
+        bool | None,
+        _option("chunked_loss", "Form the loss without all logits (default: with --token-elimination)"),
+    ] = None,
     dtype: Annotated[str | None, _option("dtype", "Dtype of the base model")] = None,
     adapter_dtype: Annotated[str | None, _option("adapter_dtype", "Dtype of the adapter; model: as the base")] = None,
     seq_len: Annotated[int | None, _option("seq_len", "Tokens per sequence")] = None,
@@ -178,7 +197,8 @@ def finetune(
     """Fine-tune a causal language model: adapters, or parts of its own parameters; alone or beside another way.
 
     lora, sparse_delta and s2ft write an adapter; lisa, hft and greentrainer train the model itself and write a model.
-    --compare: peft (lora, s2ft) and shira (sparse_delta) are PEFT's layers, paca (s2ft) plain PyTorch, full everything.
+    --compare: peft (lora, s2ft) and shira (sparse_delta) are PEFT's layers, paca (s2ft) plain PyTorch, full everything,
+    dense the same adapter without --token-elimination.
     """
     from .training.errors import UserError
 

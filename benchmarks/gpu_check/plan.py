@@ -24,14 +24,16 @@ from .summary import Summary
 
 TOTAL_SECONDS = 540.0
 SHARES = {
-    "tests": 120.0,
-    "verify": 60.0,
+    "tests": 105.0,
+    "verify": 50.0,
     "benchmark-tests": 20.0,
-    "benchmark-lora_layer": 40.0,
-    "benchmark-s2ft_model": 45.0,
+    "benchmark-lora_layer": 35.0,
+    "benchmark-s2ft_model": 40.0,
     "benchmark-s2ft": 15.0,
     "benchmark-sparse_delta_model": 10.0,
     "benchmark-sparse_delta": 10.0,
+    "benchmark-token_elimination_model": 20.0,
+    "benchmark-token_elimination": 15.0,
     "benchmark-call_overhead": 10.0,
     "coverage": 20.0,
     **{f"sanitizer-{tool}": 35.0 for tool in sanitizer.TOOLS},
@@ -41,12 +43,14 @@ SHARES = {
 """Seconds of each step; `steps.py` says what becomes of those that a step does not need."""
 BENCHMARK_SHARES = {
     "benchmark-s2ft_model": 95.0,
-    "benchmark-lora_layer": 140.0,
-    "benchmark-s2ft": 100.0,
-    "benchmark-sparse_delta_model": 60.0,
-    "benchmark-sparse_delta": 45.0,
+    "benchmark-lora_layer": 90.0,
+    "benchmark-s2ft": 60.0,
+    "benchmark-sparse_delta_model": 45.0,
+    "benchmark-sparse_delta": 30.0,
+    "benchmark-token_elimination_model": 80.0,
+    "benchmark-token_elimination": 60.0,
     "benchmark-call_overhead": 20.0,
-    "benchmark-delta_algebra": 80.0,
+    "benchmark-delta_algebra": 60.0,
 }
 """The same of the benchmarks by themselves."""
 _PREFIX = "benchmark-"
@@ -56,6 +60,8 @@ _LAST_CASE_SECONDS = {
     "s2ft": 8.0,
     "sparse_delta_model": 25.0,
     "sparse_delta": 8.0,
+    "token_elimination_model": 40.0,
+    "token_elimination": 8.0,
     "call_overhead": 8.0,
     "delta_algebra": 25.0,
 }

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import peft_kernels as pk
+
 from ..channels import Slice
 from ..nn import SparseDeltaLinear
 from ..nn.s2ft_layer import S2FTLayer
@@ -23,6 +25,7 @@ PEFT = "PEFT"
 SHIRA = "PEFT SHiRA"
 PEFT_LORA = "PEFT LoRA"
 PACA = "plain PaCA"
+DENSE = "peft-kernels dense"
 FULL = "full fine-tuning"
 
 
@@ -53,6 +56,8 @@ class Arm:
         history: the steps so far.
         reselector: what moves the entries of a sparse delta, or None.
         schedule: what decides which parameters train when, or None.
+        chunked_loss: whether the loss is formed without all logits, by `causal_lm_loss`.
+        whole_logits: why it is not, where it was to be.
     """
 
     name: str
@@ -62,6 +67,8 @@ class Arm:
     history: list[StepRecord] = field(default_factory=list)
     reselector: Reselector | None = None
     schedule: Schedule | None = None
+    chunked_loss: bool = False
+    whole_logits: str | None = None
 
     def losses(self) -> list[float]:
         """The loss of every step so far."""
@@ -161,6 +168,8 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 def loss_of(arm: Arm, batch: Tensor) -> Tensor:
     """Mean next-token cross-entropy of `batch` int64 `[B, seq_len]`, as the model itself defines it."""
+    if arm.chunked_loss:
+        return pk.causal_lm_loss(arm.model, batch, batch)
     return arm.model(input_ids=batch, labels=batch).loss
 
 

@@ -1,7 +1,8 @@
 """Checkpoints from which a run continues exactly: safetensors and JSON, nothing that is unpickled.
 
     checkpoints/step-00000040/
-        state.json                    settings, finished steps, data digest, histories, optimizer groups, schedules
+        state.json                    settings, finished steps, data digest, histories, optimizer groups, schedules,
+                                      counts of kept tokens
         <arm>.adapter.safetensors     the trained parameters by name, and the positions of sparse deltas
         <arm>.optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
         <arm>.reselection.safetensors where entries move, the Reselector's tensors
@@ -24,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..channels import Slice
+from . import token_arms
 from .arms import OURS, Arm, StepRecord
 from .errors import UserError
 from .settings import Settings
 
-_FORMAT = 3
+_FORMAT = 4
 _DIRECTORY = "checkpoints"
 
 
@@ -88,6 +90,7 @@ def write_checkpoint(
         "optimizer_groups": groups,
         "reselection": reselection,
         "schedules": schedules,
+        "token_elimination": {arm.name: token_arms.counts(arm) for arm in arms},
     }
     (partial / "state.json").write_text(json.dumps(record))
     for path in (*partial.iterdir(), partial):
@@ -161,6 +164,7 @@ def restore_arms(output: Path, arms: list[Arm]) -> None:
                 arm.schedule.load_state_dict(record["schedules"][arm.name])
             except ValueError as error:
                 raise UserError(f"{directory}: the schedule in it does not fit this run: {error}") from error
+        token_arms.restore_counts(arm, record["token_elimination"][arm.name])
         arm.history[:] = [StepRecord(**step) for step in record["histories"][arm.name]]
 
 

@@ -235,7 +235,9 @@ def _train(this: _Run, stop: StopRequest) -> None:
 
 def _finish(this: _Run) -> None:
     settings = this.settings
-    adapter_report = _report_of_ours(this)
+    adapter_report, token_report = _report_of_ours(this), None
+    if settings.token_elimination is not None:
+        token_report = pk.elimination.report(this.arms[0].model)
     for arm in this.arms:
         if arm.reselector is not None:
             arm.reselector.close()  # the steps that are measured below train nothing
@@ -259,6 +261,7 @@ def _finish(this: _Run) -> None:
             corpus=corpus_description(settings),
             environment={"device": info.device_description(this.device), **info.versions()},
             adapter_report=adapter_report,
+            token_report=token_report,
             arms=this.arms,
             summaries=summaries,
             memory_measure=MEASURE[this.device.type],

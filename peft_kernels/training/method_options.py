@@ -48,10 +48,21 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "rho": ("greentrainer",),
     "adapter_dtype": ADAPTERS,
     "target_modules": ADAPTERS,
+    "token_elimination": ADAPTERS,
+    "token_score": ADAPTERS,
+    "token_block_size": ADAPTERS,
+    "token_select_every": ADAPTERS,
+    "token_layers": ADAPTERS,
+    "chunked_loss": ADAPTERS,
 }
 """Options that mean nothing to other methods, and must keep their defaults there."""
 
-_METHODS_OF_COMPARISON = {"peft": ("lora", "s2ft"), "shira": ("sparse_delta",), "paca": ("s2ft",)}
+_METHODS_OF_COMPARISON = {
+    "peft": ("lora", "s2ft"),
+    "shira": ("sparse_delta",),
+    "paca": ("s2ft",),
+    "dense": ADAPTERS,
+}
 
 # Most steps of AdamW are too small for a bfloat16 weight, which has no float32 slice or factor beside it; and a rate
 # that suits an adapter is too large for a whole model.
@@ -116,6 +127,7 @@ def check(settings: Settings) -> None:
     methods = _METHODS_OF_COMPARISON.get(settings.compare, METHODS)
     if method not in methods:
         raise UserError(f"--compare {settings.compare} goes with --method {_either(methods)}; this run has {method}")
+    _check_token_elimination(settings)
     selections = SELECTIONS.get(method)
     if selections is not None and settings.selection not in selections:
         raise UserError(
@@ -132,6 +144,19 @@ def check(settings: Settings) -> None:
 def _either(methods: Collection[str]) -> str:
     *others, last = methods
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def _check_token_elimination(settings: Settings) -> None:
+    keep = settings.token_elimination
+    if keep is None:
+        for name in ("token_score", "token_block_size", "token_select_every", "token_layers"):
+            if getattr(settings, name) != getattr(type(settings), name):
+                raise UserError(f"{option(name)} needs --token-elimination, which says how much is kept")
+        if settings.compare == "dense":
+            raise UserError("--compare dense needs --token-elimination; without it the run is dense itself")
+    elif not 0.0 < keep <= 1.0:
+        raise UserError(f"--token-elimination must be in (0, 1], got {keep}")
+    settings.token_layer_indices()
 
 
 def _check_sparse_delta(settings: Settings) -> None:

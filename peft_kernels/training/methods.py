@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..channels import Slice
-from . import lora_arms, s2ft_arms, schedule_arms, sparse_delta_arms
-from .arms import Arm, full_arm
+from . import lora_arms, s2ft_arms, schedule_arms, sparse_delta_arms, token_arms
+from .arms import DENSE, Arm, copy_sharing_parameters, full_arm
 from .errors import UserError
 from .settings import Settings
 
@@ -36,15 +36,28 @@ def build_arms(
     """
     model.config.use_cache = False
     whole = copy.deepcopy(model) if settings.compare == "full" else None
+    twin = _twin(model, settings) if settings.compare == "dense" else None
     try:
         arms, report = _build(model, settings, batches, channels)
+        if twin is not None:
+            (dense,), _ = _build(twin, settings, batches, channels)
+            dense.name = DENSE
+            arms.append(dense)
+        if settings.token_elimination is not None:
+            token_arms.eliminate(arms[0], settings)
     except (ValueError, TypeError) as error:
         if settings.trains_whole_model:
             raise UserError(f"--method {settings.method} does not fit this model: {error}") from error
         raise UserError(f"the adapter cannot be added to this model: {error}") from error
     if whole is not None:
         arms.append(full_arm(whole, settings))
+    token_arms.choose_losses(arms, settings)
     return arms, report
+
+
+def _twin(model: Any, settings: Settings) -> Any:
+    """A second base model, which shares what the method does not write into."""
+    return copy_sharing_parameters(model) if settings.method == "lora" else copy.deepcopy(model)
 
 
 def _build(

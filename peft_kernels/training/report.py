@@ -13,7 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .arms import Arm
+from ..reports import EliminationReport
+from . import token_arms
+from .arms import DENSE, Arm
 from .errors import require
 from .metrics import ArmSummary, Row, results_rows, summary_as_dict
 from .settings import Settings
@@ -26,6 +28,7 @@ class RunResult:
     Attributes:
         environment: versions and device, see `info.versions`.
         adapter_report: what `inject` said about the layers it replaced.
+        token_report: what layers that eliminate tokens did in training; None where there are none.
         before, after: `sample` (continuation of `prompt`) and `held_out_loss` around training.
         curve_difference: largest relative difference of the arms' losses; None for a single arm, or where the arms
             train different things.
@@ -37,6 +40,7 @@ class RunResult:
     corpus: str
     environment: dict[str, str]
     adapter_report: str
+    token_report: EliminationReport | None
     arms: list[Arm]
     summaries: list[ArmSummary]
     memory_measure: str
@@ -68,6 +72,8 @@ def write_metrics(result: RunResult, path: Path) -> None:
             for arm, summary in zip(result.arms, result.summaries, strict=True)
         },
         "memory_measure": result.memory_measure,
+        "token_elimination": None if result.token_report is None else token_arms.as_record(result.token_report),
+        "chunked_loss": {arm.name: arm.chunked_loss for arm in result.arms},
         "largest_relative_loss_difference": result.curve_difference,
         "held_out_loss_of_written_adapter_in_peft": result.peft_check,
         "prompt": result.prompt,
@@ -124,6 +130,7 @@ def notes(result: RunResult) -> list[str]:
         "Optimizer state: the most that was held after a step.",
         "Final training loss: mean of the last 10 steps. Held-out loss: blocks of the corpus that are not trained on.",
     ]
+    sentences += _of_token_elimination(result)
     if len(result.arms) > 1:
         sentences.insert(0, _how_compared(result))
     if result.settings.dtype == "bfloat16" and (
@@ -148,10 +155,34 @@ def notes(result: RunResult) -> list[str]:
     return sentences
 
 
+def _of_token_elimination(result: RunResult) -> list[str]:
+    sentences = []
+    report = result.token_report
+    if report is not None:
+        share = token_arms.kept_share(report)
+        kept = "no tokens at all" if share is None else f"{share:.1%} of the tokens"
+        sentences.append(
+            f"Token elimination: {len(report.eliminating)} of {len(report.layers)} decoder layers computed for {kept} "
+            "in training. Held-out loss and text samples are of all tokens."
+        )
+        dense = sum(sum(layer.dense_calls.values()) for layer in report.eliminating)
+        if dense:
+            sentences.append(f"{dense} calls of these layers were for all tokens all the same; see their list.")
+    chunked = [arm.name for arm in result.arms if arm.chunked_loss]
+    if chunked:
+        sentences.append(f"The loss of {' and '.join(chunked)} is formed without all logits.")
+    if result.arms[0].whole_logits is not None:
+        sentences.append(f"The loss takes all logits: {result.arms[0].whole_logits}.")
+    return sentences
+
+
 def _how_compared(result: RunResult) -> str:
     other = result.arms[1].name
     start = "Both arms ran in one process over the same base weights, "
-    if result.settings.compares_one_function:
+    if other == DENSE:
+        start += "from the same initial adapter, on the same batches, one step each in turn; the other without "
+        start += "eliminating tokens. "
+    elif result.settings.compares_one_function:
         start += "from the same initial adapter, on the same batches, one step each in turn. "
     else:
         start += "on the same batches, one step each in turn. They train different things, so their losses differ. "

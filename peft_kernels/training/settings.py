@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import channels
+from .. import channels, ops
 from ..schedules.hft import EMBEDDINGS, NORMS
 from . import method_options
 from .errors import UserError
@@ -19,7 +19,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "adapter_dtype": ("float32", "model"),
     "lr_schedule": ("constant", "linear", "cosine"),
-    "compare": ("none", "peft", "shira", "paca", "full"),
+    "compare": ("none", "peft", "shira", "paca", "full", "dense"),
+    "token_score": ("attention", "norm", "random"),
     "reselection_schedule": ("linear", "cosine"),
     "dim": ("input", "output"),
     "budget": channels.BUDGETS,
@@ -41,6 +42,8 @@ _AT_LEAST = {
     "calibration_batches": 1,
     "interval": 1,
     "active_layers": 1,
+    "token_block_size": 1,
+    "token_select_every": 1,
 }
 # May differ between the two halves of a resumed run: they do not enter the arithmetic. The data are compared by
 # content, not by path.
@@ -80,6 +83,12 @@ class Settings:
     embeddings: str = "train"
     rho: float = 0.5
     target_modules: str = "all-linear"
+    token_elimination: float | None = None
+    token_score: str = "attention"
+    token_block_size: int = 64
+    token_select_every: int = 1
+    token_layers: str | None = None
+    chunked_loss: bool | None = None
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     seq_len: int = 256
@@ -118,6 +127,16 @@ class Settings:
         if self.modules() == []:
             raise UserError("--target-modules must be all-linear or module names separated by commas, got nothing")
         method_options.check(self)
+        if self.token_elimination is not None:
+            self._check_kept_tokens(self.token_elimination)
+
+    def _check_kept_tokens(self, keep: float) -> None:
+        kept = ops.kept_tokens(self.seq_len, keep, self.token_block_size)
+        if keep < 1.0 and kept == self.seq_len:
+            raise UserError(
+                f"--token-elimination {keep} of --seq-len {self.seq_len} in blocks of --token-block-size "
+                f"{self.token_block_size}, rounded up, is all of it; take smaller blocks or longer sequences"
+            )
 
     @property
     def trains_whole_model(self) -> bool:
@@ -127,7 +146,24 @@ class Settings:
     @property
     def compares_one_function(self) -> bool:
         """Whether both arms compute and train the same, so that their loss curves agree up to rounding."""
+        if self.token_elimination is not None:
+            return False
         return self.compare in ("shira", "paca") or (self.method, self.compare) == ("lora", "peft")
+
+    def token_layer_indices(self) -> list[int] | None:
+        """The layers of `--token-layers` as `TokenEliminationConfig` takes them, None for its default.
+
+        Raises:
+            UserError: it is not written so.
+        """
+        if self.token_layers is None:
+            return None
+        try:
+            return [int(part) for part in self.token_layers.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--token-layers must be indices of layers separated by commas, got {self.token_layers!r}"
+            ) from None
 
     def modules(self) -> str | list[str]:
         """`target_modules` as the configurations take it: `"all-linear"`, or a list of names."""
@@ -150,7 +186,8 @@ class Settings:
             "hft": "one half of the matrices" if self.interval is None else f"every {self.interval} steps another half",
             "greentrainer": f"rho = {self.rho:g}, every {self.interval} steps",
         }
-        return f"{self.method}, {text[self.method]}"
+        kept = "" if self.token_elimination is None else f", {self.token_elimination:g} of the tokens kept"
+        return f"{self.method}, {text[self.method]}{kept}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -20,6 +20,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 class _Module(_DummyBackendModule):
     """`torch.pretend`: random numbers come from the CPU's generator."""
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
 

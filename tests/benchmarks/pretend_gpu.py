@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, model, operations, s2ft, sparse_delta
+from benchmarks import memory, model, operations, s2ft, sparse_delta, token_elimination
 from benchmarks.cases import Progress, Record
 from benchmarks.gpu_suite import gpu
 from benchmarks.harness import Plan
@@ -34,8 +34,10 @@ SECTIONS: dict[str, Callable[[Suite, Progress], Record]] = {
     "s2ft_model": model.run_s2ft,
     "sparse_delta": sparse_delta.run,
     "sparse_delta_model": model.run_sparse_delta,
+    "token_elimination": token_elimination.run,
+    "token_elimination_model": model.run_token_elimination,
 }
-TRITON = {"slice_grad", "gather_columns", "sampled_product"}
+TRITON = {"slice_grad", "gather_columns", "sampled_product", "gather_linear_scatter"}
 ROWS = {16384: 24, 4096: 24, 14336: 96, 0: 0}
 """Sizes of the suite to those of the test."""
 
@@ -47,6 +49,10 @@ def small(suite: Suite) -> Suite:
     def sized(case: Any) -> Any:
         return replace(case, M=ROWS[case.M], K=ROWS[case.K], N=ROWS[case.N])
 
+    def of_tokens(case: Any) -> Any:
+        head = min(case.head, 12)
+        return replace(case, M=24, K=ROWS.get(case.K, 24), N=96 if case.N > 4096 else 24, head=head, block_size=8)
+
     def shrunk(case: Any) -> Any:
         return replace(case, model="random:llama-tiny", batch_size=2, sequence_length=16)
 
@@ -57,6 +63,13 @@ def small(suite: Suite) -> Suite:
         sparse=tuple(dict.fromkeys(map(sized, suite.sparse))),
         s2ft_models=tuple(dict.fromkeys(replace(shrunk(case), down=0.1, o=0.3, r=4) for case in suite.s2ft_models)),
         sparse_models=tuple(dict.fromkeys(map(shrunk, suite.sparse_models))),
+        tokens=tuple(dict.fromkeys(map(of_tokens, suite.tokens))),
+        token_models=tuple(
+            dict.fromkeys(
+                replace(shrunk(case), block_size=4, dense_first=1, dense_last=0) for case in suite.token_models
+            )
+        ),
+        token_plan=quick,
         s2ft_plan=quick,
         sparse_plan=quick,
         model_plan=quick,

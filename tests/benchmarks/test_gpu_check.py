@@ -136,11 +136,13 @@ def test_steps_run_in_the_order_of_what_matters(checked: tuple[int, Fake, Path])
     tests, after = fake.ran[:3], fake.ran[3:]
     assert tests == ["cuda-tests", "layer-tests", "triton-tests"]
     assert after[:4] == ["verify", "benchmark-tests", "benchmark-lora_layer", "benchmark-s2ft_model"]
-    assert after[4:9] == [
-        f"benchmark-{name}" for name in ("s2ft", "sparse_delta_model", "sparse_delta", "call_overhead")
-    ] + ["coverage"]
-    assert after[9:13] == [f"sanitizer-{tool}" for tool in sanitizer.TOOLS]
-    assert after[13:] == ["layer", "counters", "counters"]
+    sections = (
+        *("s2ft", "sparse_delta_model", "sparse_delta", "token_elimination_model", "token_elimination"),
+        "call_overhead",
+    )
+    assert after[4:11] == [f"benchmark-{name}" for name in sections] + ["coverage"]
+    assert after[11:15] == [f"sanitizer-{tool}" for tool in sanitizer.TOOLS]
+    assert after[15:] == ["layer", "counters", "counters"]
     assert [name for name in plan.SHARES if name in fake.ran] == list(plan.SHARES)[1:]
     assert sum(plan.SHARES.values()) == plan.TOTAL_SECONDS
     assert status == 1  # racecheck

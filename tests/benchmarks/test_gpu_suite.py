@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import delta_arms, deltas, model, model_memory, operations, s2ft, s2ft_arms, sparse_delta, tables
+from benchmarks import (
+    delta_arms,
+    deltas,
+    model,
+    model_memory,
+    operations,
+    s2ft,
+    s2ft_arms,
+    sparse_delta,
+    tables,
+    token_arms,
+    token_elimination,
+)
 from benchmarks.cases import Progress
 from benchmarks.gpu_suite import gpu
 from benchmarks.harness import Plan
@@ -46,7 +58,8 @@ def arms(sections: dict[str, Any], name: str, **wanted: object) -> list[dict[str
     assert found
     for record in found:
         for arm, taken in record["arms"].items():
-            no_kernel = taken["status"] == "unavailable" and "has no cuda kernel" in taken["reason"]
+            reasons = ("has no cuda kernel", "has no triton kernel", "serves cuda tensors only")
+            no_kernel = taken["status"] == "unavailable" and any(reason in taken["reason"] for reason in reasons)
             assert taken["status"] == "measured" or no_kernel, (record["case"], arm, taken)
     return [record["arms"] for record in found]
 
@@ -103,6 +116,46 @@ def test_every_arm_of_a_model_runs_on_a_device(sections: dict[str, Any]) -> None
         assert found["ours, inject and SparseAdamW"]["backends"]["sparse_adamw_"] == "cuda"
 
 
+def test_every_operation_of_token_elimination_runs_on_a_device(sections: dict[str, Any]) -> None:
+    operators = {
+        "norm": {"gather_rms_norm", "gather_rms_norm_backward"},
+        "scatter": {"scatter_add_rows"},
+        "linear": {"gather_linear_scatter"},
+        "scores": {"block_scores"},
+        "loss": {"cross_entropy_rows_"},
+    }
+    for name, wanted in operators.items():
+        for found in arms(sections, "token_elimination", operation=name):
+            assert set(found[token_elimination.OURS]["backends"]) == wanted
+            assert set(found[token_elimination.OURS]["relative_to"]) == set(token_elimination.BASES[name])
+            if name != "scatter":
+                assert set(found["ours [reference]"]["backends"].values()) == {"reference"}
+    for found in arms(sections, "token_elimination", operation="linear"):
+        assert found["ours [triton]"]["backends"] == {"gather_linear_scatter": "triton"}
+    for found in arms(sections, "token_elimination", operation="loss"):
+        assert all(found[name]["peak_bytes"] > 0 for name in (token_elimination.OURS, token_elimination.LOGITS))
+
+
+def test_every_arm_of_token_elimination_runs_on_a_device(sections: dict[str, Any]) -> None:
+    for found in arms(sections, "token_elimination_model"):
+        assert set(found) == set(token_arms.arm_names(gpu().token_models[0]))
+        ours = found[token_arms.BY_ATTENTION]["backends"]
+        assert {"block_scores", "select_tokens", "gather_rms_norm", "scatter_add_rows_", "cross_entropy_rows_"} <= set(
+            ours
+        )
+        assert found[token_arms.PLAIN]["backends"] == {}
+        bytes_of = {name: arm["memory"]["tensor_bytes"] for name, arm in found.items()}
+        assert bytes_of[token_arms.CHECKPOINTED] < bytes_of[token_arms.DENSE]
+
+
+def test_the_gpu_suite_asks_for_what_is_claimed_of_token_elimination() -> None:
+    suite = gpu()
+    first = suite.tokens[0]
+    assert (first.operation, first.M, first.K, first.N, first.keep) == ("linear", 16384, 4096, 4096, 0.5)
+    assert {case.operation for case in suite.tokens} == set(token_elimination.BASES)
+    assert [case.sequence_length for case in suite.token_models] == [8192, 16384]
+
+
 def test_cases_have_the_sizes_of_llama_3_8b() -> None:
     suite = gpu()
     for case in (*suite.s2ft, *suite.sparse):
@@ -136,9 +189,9 @@ def test_the_text_is_long_enough_for_the_batches() -> None:
     from benchmarks import model_arms
     from peft_kernels.training.models import byte_tokenizer
 
-    for case in (*gpu().s2ft_models, *gpu().sparse_models):
+    for case in (*gpu().s2ft_models, *gpu().sparse_models, *gpu().token_models):
         batches = model_arms.batches(byte_tokenizer(), case, count=4)
-        assert [tuple(batch.shape) for batch in batches] == 4 * [(case.batch_size, 2048)]
+        assert [tuple(batch.shape) for batch in batches] == 4 * [(case.batch_size, case.sequence_length)]
 
 
 def test_backends_that_serve_are_noted() -> None:

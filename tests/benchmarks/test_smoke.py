@@ -33,7 +33,7 @@ def test_every_benchmark_writes_a_section_with_its_origin(smoke: Any) -> None:
     _, sections = smoke
     assert set(sections) == {
         "lora_layer", "call_overhead", "lora_model", "sparse_delta", "sparse_delta_model", "s2ft", "s2ft_model",
-        "delta_algebra",
+        "token_elimination", "token_elimination_model", "delta_algebra",
     }  # fmt: skip
     for section in sections.values():
         assert set(section) == {"run_info", "train_info", "meta_info"}
@@ -103,6 +103,33 @@ def test_slices_begin_as_pacas_and_keep_less_than_the_frozen_model(smoke: Any) -
     assert arms["ours, inject"]["trainable_parameters"] == arms["PaCA"]["trainable_parameters"] > 0
     assert arms["ours, inject"]["saved"]["relative_to_frozen"]["bytes"] < 1.0
     assert arms["PEFT LoRA"]["saved"]["relative_to_frozen"]["bytes"] > 1.0
+
+
+def test_every_operation_of_token_elimination_is_timed(smoke: Any) -> None:
+    cases = smoke[1]["token_elimination"]["train_info"]["cases"]
+    assert {record["case"]["operation"] for record in cases} == {"norm", "scatter", "linear", "scores", "loss"}
+    for record in cases:
+        here = {name: arm for name, arm in record["arms"].items() if name != "ours [triton]"}
+        assert {arm["status"] for arm in here.values()} == {"measured"}, record
+        assert len(here) >= 3 and record["limits"]
+        assert all("peak_bytes" in arm for arm in here.values()) == (record["case"]["operation"] == "loss")
+
+
+def test_kept_tokens_take_less_than_all_and_plain_pytorch_keeps_more(smoke: Any) -> None:
+    (record,) = smoke[1]["token_elimination_model"]["train_info"]["cases"]
+    arms = record["arms"]
+    assert len(arms) == 8 and 0 < record["limits"]["ideal_ratio"] < 1
+    for name, arm in arms.items():
+        assert arm["status"] == "measured", (name, arm)
+        assert arm["memory"]["tensor_bytes"] > arm["memory"]["tensor_before_bytes"] > 0
+    losses = {name: arm["first_loss"] for name, arm in arms.items()}
+    assert losses["plain PyTorch, kept by norm"] == pytest.approx(losses["ours, kept by norm"], rel=1e-5)
+    assert losses["ours, dense, chunked loss"] == pytest.approx(losses["ours, dense"], rel=1e-5)
+    saved = {name: arm["saved"]["decoder_bytes"] for name, arm in arms.items()}
+    assert saved["ours, kept by norm"] < saved["plain PyTorch over ours, kept by norm"] < saved["ours, dense"]
+    ours = arms["ours, kept by norm"]["relative_to"]
+    assert set(ours) == {"frozen model", "ours, dense"}
+    assert "ours, kept by norm" in arms["plain PyTorch, kept by norm"]["relative_to"]
 
 
 def test_every_method_of_the_delta_algebra_equals_the_dense_way(smoke: Any) -> None:

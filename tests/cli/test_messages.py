@@ -23,7 +23,7 @@ REFUSED = [
     (["--data", "no-such-file.txt"], "--data no-such-file.txt: no such file or directory"),
     (["--method", "prefix"], "--method must be one of lora, sparse_delta, s2ft, lisa, hft, greentrainer, got 'prefix'"),
     (["--dtype", "int4"], "--dtype must be one of float32, bfloat16, got 'int4'"),
-    (["--compare", "unsloth"], "--compare must be one of none, peft, shira, paca, full, got 'unsloth'"),
+    (["--compare", "unsloth"], "--compare must be one of none, peft, shira, paca, full, dense, got 'unsloth'"),
     (["--r", "0"], "--r must be at least 1, got 0"),
     (["--steps", "0"], "--steps must be at least 1, got 0"),
     (["--lora-dropout", "1.5"], "--lora-dropout must be in [0, 1), got 1.5"),

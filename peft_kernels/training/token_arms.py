@@ -1,0 +1,94 @@
+"""Token elimination and the loss without all logits, for the arms of every adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import peft_kernels as pk
+
+from ..nn.token_elimination import TokenElimination
+from .arms import DENSE, OURS, Arm
+from .errors import UserError
+from .settings import Settings
+
+
+def eliminate(arm: Arm, settings: Settings) -> None:
+    """Has the decoder layers of an arm compute for kept tokens alone in training.
+
+    Raises:
+        ValueError, TypeError: the model has no such layers; see `elimination.eliminate`.
+    """
+    config = pk.TokenEliminationConfig(
+        keep_ratio=settings.token_elimination,
+        score=settings.token_score,  # type: ignore[arg-type]
+        block_size=settings.token_block_size,
+        select_every=settings.token_select_every,
+        layers=settings.token_layer_indices(),
+    )  # without a seed: random scores come from torch's generator, which every step seeds
+    pk.inject(arm.model, config)
+
+
+def choose_losses(arms: list[Arm], settings: Settings) -> None:
+    """Has our arms form their loss without all logits, where that is asked for.
+
+    Unasked it is done where tokens are eliminated and the model allows it; `Arm.whole_logits` says why it does not.
+
+    Raises:
+        UserError: it was asked for by name, and this model does not allow it.
+    """
+    wanted = settings.token_elimination is not None if settings.chunked_loss is None else settings.chunked_loss
+    if not wanted:
+        return
+    from ..integrations.causal_lm import causal_lm_loss_obstacle
+
+    for arm in arms:
+        if arm.name != OURS and (arm.name != DENSE or not settings.chunked_loss):
+            continue
+        arm.whole_logits = causal_lm_loss_obstacle(arm.model)
+        arm.chunked_loss = arm.whole_logits is None
+        if settings.chunked_loss and arm.whole_logits is not None:
+            raise UserError(f"--chunked-loss does not fit this model: {arm.whole_logits}")
+
+
+def _counted(arm: Arm) -> dict[str, TokenElimination]:
+    return pk.elimination.eliminating_layers(arm.model)
+
+
+def counts(arm: Arm) -> dict[str, dict[str, Any]]:
+    """What the layers that eliminate tokens have counted, by path, in plain values."""
+    return {
+        path: {
+            "calls": layer.elimination.calls,
+            "tokens": layer.elimination.tokens,
+            "kept_tokens": int(layer.elimination.kept_tokens),
+            "dense_calls": dict(layer.elimination.dense_calls),
+        }
+        for path, layer in _counted(arm).items()
+    }
+
+
+def restore_counts(arm: Arm, counted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Goes on counting from what `counts` gave."""
+    for path, layer in _counted(arm).items():
+        saved = counted[path]
+        layer.elimination.calls = saved["calls"]
+        layer.elimination.tokens = saved["tokens"]
+        layer.elimination.kept_tokens = saved["kept_tokens"]
+        layer.elimination.dense_calls = Counter(saved["dense_calls"])
+
+
+def as_record(report: pk.EliminationReport) -> dict[str, Any]:
+    """A report in plain values, for JSON; `kept_share` is of the tokens of the layers that eliminate some."""
+    return {
+        "kept_share": kept_share(report),
+        "layers": [asdict(layer) for layer in report.layers],
+    }
+
+
+def kept_share(report: pk.EliminationReport) -> float | None:
+    """Of the tokens of the layers that eliminate some, the share that was computed for; None before any call."""
+    tokens = sum(layer.tokens for layer in report.eliminating)
+    return sum(layer.kept_tokens for layer in report.eliminating) / tokens if tokens else None
