@@ -29,7 +29,7 @@ class LayerBytes:
     Attributes:
         attention, mlp: the two halves.
         adapter: what is kept for the gradients of what trains.
-        positions: which tokens are kept, and their cosines and sines.
+        positions: which tokens are kept, and where they stand in their sequences.
     """
 
     attention: int
@@ -53,7 +53,7 @@ def layer_bytes(shape: ModelShape, step: StepSettings, eliminates: bool) -> Laye
         attention=in_attention * _attention_per_token(shape, step),
         mlp=in_mlp * _mlp_per_token(shape, step),
         adapter=in_attention * attention_adapter + in_mlp * mlp_adapter,
-        positions=_positions(shape, step, in_attention) if selects else 0,
+        positions=_positions(step, in_attention, max(in_attention, in_mlp), selects),
     )
 
 
@@ -86,8 +86,10 @@ def _adapter_per_token(shape: ModelShape, step: StepSettings) -> tuple[int, int]
     return 0, 0
 
 
-def _positions(shape: ModelShape, step: StepSettings, tokens: int) -> int:
-    return tokens * (_WIDE + 2 * step.bytes * shape.head_dim)
+def _positions(step: StepSettings, in_attention: int, most: int, selects: bool) -> int:
+    """Which rows are kept; and of several sequences, whose rows are not their positions, those too."""
+    own = _WIDE * in_attention if step.lean and step.batch_size > 1 else 0
+    return own + (_WIDE * most if selects else 0)
 
 
 def workspace_bytes(shape: ModelShape, step: StepSettings) -> int:

@@ -105,7 +105,7 @@ def _kept(step: StepSettings, name: str, dense: int, eliminating: int) -> str:
     if not eliminating or min(step.keep_attention, step.keep_mlp) == 1.0:
         return f"all tokens in {dense + eliminating} layers"
     if name == "positions":
-        return "which tokens are kept, cosines and sines"
+        return "which tokens are kept"
     if name == "adapter":
         return "what the gradients of what trains need"
     kept = step.kept(step.keep_attention if name == "attention" else step.keep_mlp)

@@ -181,8 +181,9 @@ def lean_attention(
     Returns:
         `[B, S, H]`.
     """
-    q = _rotated(attention, "q", part, h, tables, kept)
-    k = _rotated(attention, "k", part, h, tables, kept)
+    rows = _table_rows(h, tables, kept)
+    q = _rotated(attention, "q", part, h, tables, rows)
+    k = _rotated(attention, "k", part, h, tables, rows)
     v = heads_of(attention.v_proj(h), part.head_dim).transpose(1, 2)
     groups = q.shape[1] // k.shape[1]
     if mask is not None and groups > 1:  # there kernels for grouped heads take no mask
@@ -200,25 +201,27 @@ def lean_attention(
     return attention.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def _table_rows(h: Tensor, tables: tuple[Tensor, Tensor], kept: Kept | None) -> Tensor | None:
+    """int32 `[B * S]`, which row of the tables each token takes; None where it is its own."""
+    batch, tokens = h.shape[:2]
+    shared = tables[0].shape[0] == 1 and batch > 1
+    if kept is not None:
+        return kept.positions.flatten() if shared else kept.rows
+    return torch.arange(tokens, dtype=torch.int32, device=h.device).repeat(batch) if shared else None
+
+
 def _rotated(
     attention: nn.Module,
     name: str,
     part: AttentionPart,
     h: Tensor,
     tables: tuple[Tensor, Tensor],
-    kept: Kept | None,
+    rows: Tensor | None,
 ) -> Tensor:
     """Queries or keys `[B, heads, S, D]`, rotated at the positions that they have among all tokens."""
     batch, tokens = h.shape[:2]
     heads = heads_of(getattr(attention, f"{name}_proj")(h), part.head_dim)
     if part.norms:
         heads = getattr(attention, f"{name}_norm")(heads)
-    one_table = tables[0].shape[0] == 1
-    if kept is not None:
-        rows = kept.positions.flatten() if one_table and batch > 1 else kept.rows
-    elif one_table and batch > 1:
-        rows = torch.arange(tokens, dtype=torch.int32, device=h.device).repeat(batch)
-    else:
-        rows = None
     rotated = ops.rope_rows(heads.flatten(0, 1), tables[0].flatten(0, 1), tables[1].flatten(0, 1), rows)
     return rotated.view(batch, tokens, -1, part.head_dim).transpose(1, 2)

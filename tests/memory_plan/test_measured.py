@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -53,3 +55,22 @@ def test_a_layer_of_transformers_with_lora_keeps_what_is_planned(dtype, key_valu
     shape = ModelShape.from_config(model.config.to_dict())
     planned = layer_bytes(shape, step_of(dtype, lean=False), eliminates=False).total
     assert (measured[1] - measured[0]) // 2 == planned
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_that_eliminates_tokens_keeps_what_is_planned(dtype, keep):
+    batch = torch.arange(2 * TOKENS).remainder(97).view(2, TOKENS)
+    measured = []
+    for layers in (2, 4):
+        model = llama(dtype, layers)
+        pk.inject(model, pk.LoraConfig(r=4, lora_alpha=8), seed=0)
+        schedule = dict.fromkeys(range(layers), keep)
+        pk.inject(model, pk.TokenEliminationConfig(schedule=schedule, block_size=16, score="norm"))
+        model.enable_input_require_grads()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that nothing is dropped where all is kept
+            measured.append(kept_by_layers(model.train(), batch))
+    shape = ModelShape.from_config(model.config.to_dict())
+    step = step_of(dtype, keep_attention=keep, keep_mlp=keep, block_size=16)
+    assert (measured[1] - measured[0]) // 2 == layer_bytes(shape, step, eliminates=True).total
