@@ -107,36 +107,35 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_rows_kernel(const __gr
   __shared__ Exponentials of_warps[kWarps];
   const int64_t row = blockIdx.x, label = a.labels[row * a.label_stride];
   const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-  const auto clear = [&] {
+  float loss = 0.0f, total = 0.0f;
+  if (label >= 0) {
+    // Read before the row is written. A label that there is no logit for has no loss; the row's memory ends there.
+    float target = std::numeric_limits<float>::quiet_NaN();
+    if (threadIdx.x == 0 && label < a.columns) {
+      target = static_cast<float>(static_cast<const Element*>(a.logits.data)[row * a.logits.row_stride + label]);
+    }
+    Exponentials seen;
+    for_chunks<Element>(a.logits, row, a.columns, [&](int64_t column, const Chunk<Element>& chunk) {
+      add_chunk(seen, chunk, a.columns - column);
+    });
+    seen.join_warp();
+    if (lane == 0) of_warps[warp] = seen;
+    __syncthreads();
+    static_assert(kWarps == kLanes);
+    seen = of_warps[lane];
+    seen.join_warp();
+    total = seen.logarithm();
+    loss = total - target;
+  }
+  if (threadIdx.x == 0) a.losses[row] = loss;
+  if (label < 0 || a.scale == 0.0f) {  // whatever the logits are
     const Chunk<Element> zeros = {};
     for (int64_t column = int64_t{threadIdx.x} * kChunk<Element>; column < a.columns;
          column += kThreads * kChunk<Element>) {
       store_chunk(a.logits, row, column, a.columns, zeros);
     }
-  };
-  if (label < 0) {
-    clear();
-    if (threadIdx.x == 0) a.losses[row] = 0.0f;
     return;
   }
-  // Read before the row is written. A label that there is no logit for has no loss; the row's memory ends there.
-  float target = std::numeric_limits<float>::quiet_NaN();
-  if (threadIdx.x == 0 && label < a.columns) {
-    target = static_cast<float>(static_cast<const Element*>(a.logits.data)[row * a.logits.row_stride + label]);
-  }
-  Exponentials seen;
-  for_chunks<Element>(a.logits, row, a.columns, [&](int64_t column, const Chunk<Element>& chunk) {
-    add_chunk(seen, chunk, a.columns - column);
-  });
-  seen.join_warp();
-  if (lane == 0) of_warps[warp] = seen;
-  __syncthreads();
-  static_assert(kWarps == kLanes);
-  seen = of_warps[lane];
-  seen.join_warp();
-  const float total = seen.logarithm();
-  if (threadIdx.x == 0) a.losses[row] = total - target;
-  if (a.scale == 0.0f) return clear();  // whatever the logits are
   for_chunks<Element>(a.logits, row, a.columns, [&](int64_t column, const Chunk<Element>& chunk) {
     Chunk<Element> grad = {};
 #pragma unroll

@@ -87,7 +87,7 @@ def test_every_operation_on_slices_runs_on_a_device(sections: dict[str, Any]) ->
         assert set(found[s2ft.OURS]["backends"]) == {"swiglu", "swiglu_backward"}
     for found in arms(sections, "s2ft", operation="switch"):
         assert set(found) == {s2ft.OURS, *s2ft.bases("switch", "input", None)}
-        assert set(found[s2ft.OURS]["backends"]) == {"gather_columns", "slice_write_"}
+        assert set(found[s2ft.OURS]["backends"]) == {"slice_exchange_"}
 
 
 def test_every_operation_on_sparse_deltas_runs_on_a_device(sections: dict[str, Any]) -> None:
