@@ -112,9 +112,9 @@ def test_bad_arguments_are_named(simulated):
         r"q must be \[B, heads, T, D\]": (q[0], q, 4, None),
         r"q must be float32, bfloat16 or float16, got float64": (q.double(), q.double(), 4, None),
         r"k must have the activations' dtype, float32, got float16": (q, q.half(), 4, None),
-        r"k must be like q, .*, with heads that divide q's, got float32 \[1, 3": (q, q[:, :3], 4, None),
+        r"k must have a number of heads that divides q's, 4, got float32 \[1, 3": (q, q[:, :3], 4, None),
         r"block_size must be at least 1, got 0": (q, q, 0, None),
-        r"starts must be \[1, 8\]": (q, q, 4, torch.zeros(1, 7, dtype=torch.int32)),
+        r"starts must be int32 \[1, 8\], got int32 \[1, 7": (q, q, 4, torch.zeros(1, 7, dtype=torch.int32)),
         r"starts must be int32": (q, q, 4, torch.zeros(1, 8)),
     }
     for message, arguments in calls.items():

@@ -104,8 +104,8 @@ def test_bad_arguments_are_named(simulated):
     logits, labels = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
     calls = {
         r"logits must be float32, bfloat16 or float16, got float64": (logits.double(), labels),
-        r"logits must have contiguous rows, .* strides \[1, 3\]": (logits.view(8, 3).t(), labels),
-        r"logits .* must not overlap itself": (logits[:1].expand(3, 8), labels),
+        r"logits must be \[C, V >= 1\] with contiguous rows, .* strides \[1, 3\]": (logits.view(8, 3).t(), labels),
+        r"logits must have rows apart from each other": (logits[:1].expand(3, 8), labels),
         r"labels must be int64 \[3\], got int32": (logits, labels.int()),
         r"labels must be int64 \[3\], got int64 \[2\]": (logits, labels[:2]),
     }

@@ -93,11 +93,11 @@ def test_bad_arguments_are_named(simulated):
     scores = torch.zeros(2, 3)
     calls = {
         r"scores must be float32, got float64": (scores.double(), 12, 1, 4, None),
-        r"scores must be 2-D": (scores[0], 12, 1, 4, None),
+        r"scores must be \[B, 3\], got float32 \[3\]": (scores[0], 12, 1, 4, None),
         r"scores must be \[B, 4\], got float32 \[2, 3\]": (scores, 16, 1, 4, None),
         r"block_size must be at least 1, got 0": (scores, 12, 1, 0, None),
-        r"tokens must be at least 0 and below 2\^31, got -1": (scores, -1, 1, 4, None),
-        r"blocks must be at least 0 and at most 3, got 4": (scores, 12, 4, 4, None),
+        r"tokens must be in \[0, 2\^31\), as positions are int32, got -1": (scores, -1, 1, 4, None),
+        r"blocks must be in \[0, 3\], got 4": (scores, 12, 4, 4, None),
         r"threshold must be a scalar in scores' dtype, float32, got float32 \[2\]": (scores, 12, 1, 4, torch.zeros(2)),
         r"threshold must be a scalar in scores' dtype, float32, got float64": (
             *(scores, 12, 1, 4),
