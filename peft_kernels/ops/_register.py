@@ -50,6 +50,10 @@ def register_operator(
     _register_triton(name, triton, fake)
 
 
+def fake_in_place(*_: Any) -> None:
+    """The shape propagation of operators that return nothing."""
+
+
 def triton_launchers(family: str) -> dict[str, Callable[..., Any]] | str:
     """The Triton launchers of a family by operator name, or the reason there are none."""
     try:

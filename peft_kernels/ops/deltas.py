@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import kernel
 from ..reference import deltas as reference
 from ..reference.deltas import ALL_TIES, index_dtype, working_dtype
-from ._register import register_operator
+from ._register import fake_in_place, register_operator
 
 __all__ = [
     "ALL_TIES",
@@ -111,10 +111,6 @@ def compete(
     return merged
 
 
-def _fake_in_place(*_: Any) -> None:
-    pass
-
-
 def _fake_magnitude_mask(values: Tensor, *_: Any) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.bool)
 
@@ -139,14 +135,14 @@ def _fake_merge(indices: list[Tensor], values: list[Tensor], weights: Any, numel
 
 def _register() -> None:
     for name, fake in (
-        ("delta_count_keys_", _fake_in_place),
+        ("delta_count_keys_", fake_in_place),
         ("delta_magnitude_mask", _fake_magnitude_mask),
         ("delta_row_mask", _fake_entry_mask),
         ("delta_random_mask", _fake_entry_mask),
         ("delta_compact", _fake_compact),
         ("delta_sum", _fake_merge),
         ("delta_ties", _fake_merge),
-        ("delta_count_scores_", _fake_in_place),
+        ("delta_count_scores_", fake_in_place),
         ("delta_compete", _fake_merge),
     ):
         definition = getattr(reference, name)

@@ -16,6 +16,7 @@ from ..reference.lora import accumulation_dtype, as_rows
 from . import recompute
 from ._autocast import autocast_dtype
 from ._register import register_operator, triton_launchers
+from ._views import no_view
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -142,10 +143,7 @@ class LoRALinearFunction(torch.autograd.Function):
         inputs = recompute.to_save(ctx, x if keep_x else None)
         ctx.save_for_backward(weight, lora_a, lora_b, hidden, rng_state, *inputs)
         ctx.shape, ctx.scaling, ctx.dropout_p, ctx.backend = x.shape, scaling, dropout_p, backend
-        if x.dim() == 2:
-            return y
-        # Torch would forbid changes in place of a view that a Function returns.
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))  # type: ignore[no-any-return]
+        return no_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]

@@ -6,8 +6,6 @@ the autograd Function and the registration; no arithmetic.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ from ..reference import s2ft as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
-from ._register import register_operator, triton_launchers
+from ._register import fake_in_place, register_operator, triton_launchers
 from ._views import no_view
 from .sparse_delta import _FLOATING, _describe, _transforms_active, check_sorted
 
@@ -42,10 +40,6 @@ def check_channels(indices: Tensor, channels: int) -> None:
     check_sorted(indices, channels, (torch.int64,), "there are channels")
 
 
-def _fake_in_place(*_: Any) -> None:
-    pass
-
-
 def _fake_gather_columns(x: Tensor, indices: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], indices.shape[0])
 
@@ -68,9 +62,9 @@ def _register() -> None:
     for name, definition, fake, cuda in (
         ("gather_columns", reference.gather_columns, _fake_gather_columns, True),
         ("slice_grad", reference.slice_grad, _fake_slice_grad, False),  # a product: Triton's
-        ("slice_write_", reference.slice_write_, _fake_in_place, True),
-        ("slice_exchange_", reference.slice_exchange_, _fake_in_place, True),
-        ("slice_adamw_", reference.slice_adamw_, _fake_in_place, True),
+        ("slice_write_", reference.slice_write_, fake_in_place, True),
+        ("slice_exchange_", reference.slice_exchange_, fake_in_place, True),
+        ("slice_adamw_", reference.slice_adamw_, fake_in_place, True),
         ("swiglu", reference.swiglu, _fake_swiglu, True),
         ("swiglu_backward", reference.swiglu_backward, _fake_swiglu_backward, True),
     ):

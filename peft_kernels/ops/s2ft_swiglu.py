@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backends
 from ..reference import s2ft as reference
 from ..reference.lora import as_rows
+from ._views import no_view
 from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 
@@ -30,8 +31,8 @@ class SwiGLUFunction(torch.autograd.Function):
         channels = gate.new_empty(0, dtype=torch.int64) if indices is None else indices
         h, x_slice = swiglu(as_rows(gate), as_rows(up), channels)
         if indices is None:
-            return _shaped(h, gate.shape)
-        return _shaped(h, gate.shape), _shaped(x_slice, (*gate.shape[:-1], indices.shape[0]))
+            return no_view(h, gate.shape)
+        return no_view(h, gate.shape), no_view(x_slice, (*gate.shape[:-1], indices.shape[0]))
 
     @staticmethod
     def backward(ctx, grad_h, grad_slice=None):  # type: ignore[no-untyped-def, override]
@@ -46,12 +47,7 @@ class SwiGLUFunction(torch.autograd.Function):
             return *reference.swiglu_backward(grad_h, gate, up), None, None
         swiglu_backward = backends.kernel("swiglu_backward", gate.device.type, gate.dtype, ctx.backend)
         grads = swiglu_backward(as_rows(grad_h), as_rows(gate), as_rows(up))
-        return *(_shaped(grad, gate.shape) for grad in grads), None, None
-
-
-def _shaped(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Rows `[M, C]` that nobody else has, as `[..., C]`; torch would forbid changes in place of a view."""
-    return rows if len(shape) == 2 else torch.ops.aten._unsafe_view(rows, shape)  # type: ignore[no-any-return]
+        return *(no_view(grad, gate.shape) for grad in grads), None, None
 
 
 def _check_gate(op: str, gate: Tensor, up: Tensor) -> None:

@@ -7,7 +7,6 @@ kernels, the autograd Function and the registration; no arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
-from ._register import register_operator, triton_launchers
+from ._register import fake_in_place, register_operator, triton_launchers
 from ._views import no_view
 
 Observer = Callable[[Tensor, Tensor], None]
@@ -82,10 +81,6 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _fake_in_place(*_: Any) -> None:
-    pass
-
-
 def _fake_sampled_product(grad_out: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(indices.shape[0], dtype=dtype)
 
@@ -93,11 +88,11 @@ def _fake_sampled_product(grad_out: Tensor, x: Tensor, indices: Tensor, dtype: t
 def _register() -> None:
     triton = triton_launchers("sparse_delta")
     for name, definition, fake in (
-        ("scatter_write_", reference.scatter_write_, _fake_in_place),
-        ("scatter_accumulate_", reference.scatter_accumulate_, _fake_in_place),
+        ("scatter_write_", reference.scatter_write_, fake_in_place),
+        ("scatter_accumulate_", reference.scatter_accumulate_, fake_in_place),
         ("sampled_product", reference.sampled_product, _fake_sampled_product),
-        ("sparse_adamw_", reference.sparse_adamw_, _fake_in_place),
-        ("sparse_sm3_", reference.sparse_sm3_, _fake_in_place),
+        ("sparse_adamw_", reference.sparse_adamw_, fake_in_place),
+        ("sparse_sm3_", reference.sparse_sm3_, fake_in_place),
     ):
         register_operator(name, reference=definition, fake=fake, cuda=True, triton=triton)
 

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference import token_elimination as reference
 from ..reference.lora import accumulation_dtype, as_rows
-from ._register import register_operator, triton_launchers
+from ._register import fake_in_place, register_operator, triton_launchers
+from ._views import no_view
 from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 
@@ -25,10 +26,6 @@ def _fake_gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def _fake_scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     return residual.new_empty(residual.shape)
-
-
-def _fake_in_place(*_: Any) -> None:
-    pass
 
 
 def _fake_gather_rms_norm(
@@ -78,7 +75,7 @@ def _register() -> None:
     for name, definition, fake, cuda in (
         ("gather_rows", reference.gather_rows, _fake_gather_rows, True),
         ("scatter_add_rows", reference.scatter_add_rows, _fake_scatter_add_rows, True),
-        ("scatter_add_rows_", reference.scatter_add_rows_, _fake_in_place, True),
+        ("scatter_add_rows_", reference.scatter_add_rows_, fake_in_place, True),
         ("gather_rms_norm", reference.gather_rms_norm, _fake_gather_rms_norm, True),
         ("rms_norm_rows", reference.rms_norm_rows, _fake_rms_norm_rows, True),
         ("gather_rms_norm_backward", reference.gather_rms_norm_backward, _fake_gather_rms_norm_backward, True),
@@ -93,11 +90,6 @@ _register()
 
 def _kernel(name: str, tensor: Tensor, backend: str | None) -> Any:
     return backends.kernel(name, tensor.device.type, tensor.dtype, backend)
-
-
-def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Rows that nobody else has in another shape; torch would forbid changes in place of a view."""
-    return rows if rows.shape == shape else torch.ops.aten._unsafe_view(rows, shape)  # type: ignore[no-any-return]
 
 
 class GatherRowsFunction(torch.autograd.Function):
@@ -132,7 +124,7 @@ class ScatterAddRowsFunction(torch.autograd.Function):
             _kernel("scatter_add_rows_", residual, backend)(as_rows(residual), as_rows(values), rows)
             return residual
         y = _kernel("scatter_add_rows", residual, backend)(as_rows(residual), as_rows(values), rows)
-        return _shaped(y, residual.shape)
+        return no_view(y, residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -141,7 +133,7 @@ class ScatterAddRowsFunction(torch.autograd.Function):
         grad_values = None
         if ctx.needs_input_grad[1]:
             grad_values = _kernel("gather_rows", grad, ctx.backend)(as_rows(grad), rows)
-            grad_values = _shaped(grad_values, ctx.shape)
+            grad_values = no_view(grad_values, ctx.shape)
         return grad, grad_values, None, None, None
 
 
@@ -182,11 +174,10 @@ class SplitRMSNormFunction(torch.autograd.Function):
         if grad_h is None:
             return grad_residual, None, None, None, None, None, None
         residual = None if grad_residual is None else as_rows(grad_residual)
-        total = as_rows(kept).shape[0] if rows is None else _count(ctx.shape)
         dx, dweight = _kernel("gather_rms_norm_backward", grad_h, ctx.backend)(
-            residual, grad_h, as_rows(kept), rstd, weight, ctx.offset, rows, total, ctx.needs_input_grad[2]
+            residual, grad_h, as_rows(kept), rstd, weight, ctx.offset, rows, _count(ctx.shape), ctx.needs_input_grad[2]
         )
-        return _shaped(dx, ctx.shape), None, dweight if ctx.needs_input_grad[2] else None, None, None, None, None
+        return no_view(dx, ctx.shape), None, dweight if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 def _taken_apart() -> bool:

@@ -15,13 +15,13 @@ from ..reference import token_elimination as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
+from ._views import no_view
 from .sparse_delta import _FLOATING, _describe
 from .token_elimination import (
     _check_floating,
     _check_like,
     _check_rows,
     _kernel,
-    _shaped,
     _taken_apart,
     scatter_add_rows,
 )
@@ -60,7 +60,7 @@ class GatherLinearScatterFunction(torch.autograd.Function):
         ctx.gathered, ctx.backend = gathered, backend
         onto = matrix if onto_x else None if residual is None else as_rows(residual)
         y = _kernel("gather_linear_scatter", x, backend)(matrix, weight, bias, rows, onto, not gathered, False)
-        return _shaped(y, x.shape if onto_x else y.shape if residual is None else residual.shape)
+        return no_view(y, x.shape if onto_x else y.shape if residual is None else residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -88,7 +88,7 @@ def _grad_x(ctx, dy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:  # type: i
     product = _kernel("gather_linear_scatter", dy, ctx.backend)
     dx = product(dy, weight, None, rows, dy if ctx.onto_x else None, ctx.scattered, True)
     if ctx.onto_x or ctx.gathered:
-        return _shaped(dx, ctx.shape)
+        return no_view(dx, ctx.shape)
     scattered = dy.new_zeros(ctx.shape)
     _kernel("scatter_add_rows_", dy, ctx.backend)(as_rows(scattered), dx, rows)
     return scattered
