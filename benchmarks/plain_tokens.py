@@ -6,11 +6,12 @@ behind the last whole block.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peft_kernels import ops
 
 
 def kept_positions(x: Tensor, keep: float, block_size: int) -> Tensor:
@@ -19,7 +20,8 @@ def kept_positions(x: Tensor, keep: float, block_size: int) -> Tensor:
     blocks = tokens // block_size
     norms = torch.linalg.vector_norm(x.detach().float(), dim=-1)[:, : blocks * block_size]
     scores = norms.unflatten(1, (blocks, block_size)).amax(2)
-    chosen = scores.topk(math.ceil(keep * blocks), dim=1).indices.sort(1).values
+    kept = ops.kept_tokens(tokens, keep, block_size) // block_size
+    chosen = scores.topk(kept, dim=1).indices.sort(1).values
     within = torch.arange(block_size, device=x.device)
     positions = (chosen[:, :, None] * block_size + within).flatten(1)
     tail = torch.arange(blocks * block_size, tokens, device=x.device).expand(batch, -1)

@@ -167,6 +167,9 @@ def finetune(
         str | None,
         _option("token_layers", "Indices of the layers, separated by commas (default: all but the first two and last)"),
     ] = None,
+    token_loss: Annotated[
+        str | None, _option("token_loss", "Which tokens' loss counts in training: those that layers computed, or all")
+    ] = None,
     chunked_loss: Annotated[
         bool | None,
         _option("chunked_loss", "Form the loss without all logits (default: with --token-elimination)"),

@@ -92,6 +92,10 @@ def inject(
         for name, value in (("seed", seed), ("positions", positions), ("calibration", calibration)):
             if value is not None:
                 raise ValueError(f"{name} must be None with a TokenEliminationConfig, got {value!r}")
+        if autocast_adapter_dtype is not True:
+            raise ValueError(
+                f"autocast_adapter_dtype must be left out with a TokenEliminationConfig, got {autocast_adapter_dtype!r}"
+            )
         return elimination.eliminate(model, config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return commit(

@@ -75,10 +75,6 @@ def plan(
     keep_attention: Annotated[float | None, typer.Option(help="The same of attention alone.")] = None,
     keep_mlp: Annotated[float | None, typer.Option(help="The same of MLPs alone.")] = None,
     dense_layers: Annotated[int, typer.Option(help="Layers that eliminate nothing.")] = 3,
-    lean: Annotated[
-        bool,
-        typer.Option("--lean/--plain", help="Layers of nn.TokenElimination, or those of transformers."),
-    ] = True,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Form activations again in backward.")] = False,
     logits: Annotated[str, typer.Option(help="chunked holds a few tokens' logits at a time, full all of them.")] = (
         "chunked"
@@ -104,7 +100,6 @@ def plan(
             keep_attention=keep if keep_attention is None else keep_attention,
             keep_mlp=keep if keep_mlp is None else keep_mlp,
             dense_layers=dense_layers,
-            lean=lean,
             checkpointing=checkpointing,
             logits=logits,
             dtype=dtype,

@@ -101,6 +101,7 @@ class EliminatedLayer:
         reason: why it computes for all tokens; None where it eliminates some.
         keep: its keep ratio.
         score: what it chooses tokens by.
+        threshold: blocks with a smaller score are not kept either; None where there is none.
         apply_to: which half of it computes for kept tokens alone.
         own_parts: parts that run as the modules they are, and may keep more for backward, with the reason.
         calls: calls in training that computed for kept tokens alone.
@@ -114,6 +115,7 @@ class EliminatedLayer:
     keep: float | None = None
     score: str | None = None
     apply_to: str | None = None
+    threshold: float | None = None
     own_parts: dict[str, str] = field(default_factory=dict)
     calls: int = 0
     tokens: int = 0
@@ -128,7 +130,8 @@ class EliminatedLayer:
     def __str__(self) -> str:
         if self.reason is not None:
             return f"{self.path}: dense, {self.reason}"
-        line = f"{self.path}: keep={self.keep:g} by {self.score}, {self.apply_to}"
+        threshold = "" if self.threshold is None else f" of at least {self.threshold:g}"
+        line = f"{self.path}: keep={self.keep:g} by {self.score}{threshold}, {self.apply_to}"
         if self.calls:
             line += f", {self.calls} calls, {self.kept_tokens} of {self.tokens} tokens kept"
         parts = [f"; {count} dense calls: {reason}" for reason, count in self.dense_calls.items()]

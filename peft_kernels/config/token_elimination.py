@@ -66,7 +66,8 @@ class TokenEliminationConfig:
         if self.threshold is not None:
             _check_finite("threshold", self.threshold)
         if self.schedule is not None:
-            self.schedule = _checked_schedule(self.schedule)
+            checked = _checked_schedule(self.schedule)
+            self.schedule = list(checked.values()) if isinstance(self.schedule, list | tuple) else checked
             for name in ("layers", "keep_ratio"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"schedule says which layers keep how much, so {name} must be None")
@@ -91,6 +92,8 @@ class TokenEliminationConfig:
             ValueError: a layer is named that such a model does not have, or none is left.
         """
         if self.schedule is not None:
+            if isinstance(self.schedule, list) and len(self.schedule) != count:
+                raise ValueError(f"schedule must have one ratio for each of {count} layers, got {len(self.schedule)}")
             given = _checked_schedule(self.schedule)
             name = "schedule"
         else:
@@ -117,7 +120,9 @@ class TokenEliminationConfig:
         """The contents of `token_elimination.json`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         if self.schedule is not None:  # JSON has no other keys
-            values["schedule"] = {str(index): ratio for index, ratio in _checked_schedule(self.schedule).items()}
+            checked = _checked_schedule(self.schedule)
+            listed = isinstance(self.schedule, list | tuple)
+            values["schedule"] = [*checked.values()] if listed else {str(index): r for index, r in checked.items()}
         return {**values, "kind": KIND}
 
     @classmethod

@@ -4,6 +4,7 @@ The layers themselves are `nn.TokenElimination`; this package says which layers 
 and what they did. It also trains predictors of scores, and finds thresholds.
 """
 
+from .computed import computed_labels, computed_share
 from .gradient import score_by_gradient
 from .model import check_removable, eliminate, eliminating_layers, remove, report, set_predictors
 from .predictor import BlockPredictor, Predictors
@@ -22,6 +23,8 @@ __all__ = [
     "ThresholdReport",
     "Thresholds",
     "check_removable",
+    "computed_labels",
+    "computed_share",
     "eliminate",
     "eliminating_layers",
     "prune_predictors",

@@ -191,6 +191,7 @@ def report(model: nn.Module) -> EliminationReport:
                 keep=float(own.options.keep),
                 score=own.options.score_name,
                 apply_to=own.options.apply_to,
+                threshold=None if own.options.threshold is None else float(own.options.threshold),
                 own_parts=own.anatomy.reasons(),
                 calls=own.calls,
                 tokens=own.tokens,

@@ -228,11 +228,13 @@ def _score_of(groups: Mapping[int, list[TokenElimination]]) -> tuple[str, int]:
         options = layers[0].elimination.options
         if options.score in _UNFIT:
             raise ValueError(f"thresholds cannot be of score={options.score!r}: its scores {_UNFIT[options.score]}")  # type: ignore[index]
-        if options.keep != 1:
-            raise ValueError(
-                f"layer {index} must have keep ratio 1 for its threshold to decide alone, got {options.keep}; inject "
-                "with threshold and without keep_ratio"
-            )
+        for layer in layers:
+            keep = layer.elimination.options.keep
+            if keep != 1:
+                raise ValueError(
+                    f"layer {layer.elimination.index} must have keep ratio 1 for its threshold to decide alone, got "
+                    f"{keep}; inject with threshold and without keep_ratio"
+                )
     found = {(o.score_name, o.block_size) for o in (layers[0].elimination.options for layers in groups.values())}
     if len(found) > 1:
         raise ValueError(f"layers must have one score and one block size, got {sorted(found)}")

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .. import ops
+from ..elimination import computed_labels
 from ..nn.linear import has_hooks, replaced_call, type_name, weight_obstacle
 from ..planning import unwrapped
 
@@ -34,6 +35,7 @@ def causal_lm_loss(
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     token_mask: Tensor | None = None,
+    least_computed: float | None = None,
     chunk_size: int | None = None,
     **inputs: Any,
 ) -> Tensor:
@@ -52,6 +54,8 @@ def causal_lm_loss(
         num_items_in_batch: what the sum is divided by in place of the number of labels.
         ignore_index: the label of tokens that do not count.
         token_mask: bool `[B, T]`: only labels where it is true count.
+        least_computed: for a model that eliminates tokens: only labels count whose predicting token was computed by so
+            many layers; see `elimination.computed_labels`.
         chunk_size: tokens per chunk; see `ops.linear_cross_entropy`.
         **inputs: what else the decoder is called with: attention_mask, position_ids, ...
 
@@ -61,7 +65,8 @@ def causal_lm_loss(
 
     Raises:
         TypeError: an argument that is about the logits, which nobody gets here.
-        ValueError: the model's loss is not this one; the message says why. Or as `ops.linear_cross_entropy`.
+        ValueError: the model's loss is not this one; the message says why. Or as `ops.linear_cross_entropy` or
+            `elimination.computed_labels`.
     """
     reason = causal_lm_loss_obstacle(model)
     if reason is not None:
@@ -72,6 +77,8 @@ def causal_lm_loss(
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     hidden = decoder(input_ids=input_ids, **inputs).last_hidden_state
+    if least_computed is not None:
+        labels = computed_labels(model, labels, least_computed, ignore_index)
     return ops.linear_cross_entropy(
         hidden,
         head.weight,

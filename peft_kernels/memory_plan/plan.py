@@ -80,8 +80,8 @@ def _trained(shape: ModelShape, step: StepSettings) -> list[Component]:
 
 
 def _activations(shape: ModelShape, step: StepSettings) -> list[Component]:
-    dense = min(step.dense_layers, shape.layers)
-    eliminating = shape.layers - dense
+    eliminating = step.eliminating(shape)
+    dense = shape.layers - eliminating
     plain, less = layer_bytes(shape, step, False), layer_bytes(shape, step, True)
     if step.checkpointing:
         inputs = shape.layers * step.batch_size * step.seq_len * shape.hidden * step.bytes
@@ -102,8 +102,8 @@ _NAMES = {"attention": "attention", "mlp": "MLP", "adapter": "adapter", "positio
 
 
 def _kept(step: StepSettings, name: str, dense: int, eliminating: int) -> str:
-    if not eliminating or min(step.keep_attention, step.keep_mlp) == 1.0:
-        return f"all tokens in {dense + eliminating} layers"
+    if not eliminating:
+        return f"all tokens in {dense} layers"
     if name == "positions":
         return "which tokens are kept"
     if name == "adapter":

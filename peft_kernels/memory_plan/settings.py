@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from .. import ops
 from .shape import ModelShape
 
 METHODS = ("lora", "s2ft", "sparse_delta", "full")
@@ -26,11 +26,9 @@ class StepSettings:
             `s2ft_down` of the channels of down_proj and `s2ft_o` of those of o_proj, sparse deltas of `density` in all
             of them, or every parameter.
         keep_attention, keep_mlp: shares of the tokens that attention and MLP are computed for in the layers that
-            eliminate.
+            eliminate; where both are 1 no layer does, and all are as transformers has them.
         block_size: tokens are kept by blocks of so many.
         dense_layers: how many layers eliminate nothing.
-        lean: layers keep the least that backward can do with, as `nn.TokenElimination` does, those that eliminate
-            nothing too; False keeps what transformers' layers keep, and then nothing can be eliminated.
         checkpointing: activations are formed again layer by layer in backward.
         logits: "full" holds all logits, "chunked" a chunk of them at a time.
         dtype: of weights and activations.
@@ -51,7 +49,6 @@ class StepSettings:
     keep_mlp: float = 1.0
     block_size: int = 64
     dense_layers: int = 3
-    lean: bool = True
     checkpointing: bool = False
     logits: str = "chunked"
     dtype: str = "bfloat16"
@@ -75,20 +72,19 @@ class StepSettings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not self.lean and min(self.keep_attention, self.keep_mlp) < 1.0:
-            raise ValueError("keep_attention and keep_mlp must be 1 without lean: layers that eliminate are lean")
 
     @property
     def bytes(self) -> int:
         """Of one number of the activations."""
         return DTYPE_BYTES[self.dtype]
 
+    def eliminating(self, shape: ModelShape) -> int:
+        """How many layers eliminate tokens."""
+        return 0 if min(self.keep_attention, self.keep_mlp) == 1.0 else max(0, shape.layers - self.dense_layers)
+
     def kept(self, ratio: float) -> int:
-        """Tokens of a sequence that are kept, as `ops.select_tokens` counts: whole blocks, and what is left behind."""
-        if ratio in (0.0, 1.0):
-            return int(ratio) * self.seq_len
-        blocks = self.seq_len // self.block_size
-        return math.ceil(ratio * blocks) * self.block_size + self.seq_len % self.block_size
+        """Tokens of a sequence that are kept."""
+        return ops.kept_tokens(self.seq_len, ratio, self.block_size)
 
     def trained(self, shape: ModelShape) -> int:
         """How many numbers train."""

@@ -140,6 +140,8 @@ class LayerElimination:
         calls: calls in training that computed for some tokens alone.
         tokens, kept_tokens: of those calls, before and after; a tensor where only the device knows.
         dense_calls: calls in training that were for all tokens though they should not have been, by reason.
+        latest: of the latest call in training that was not a recomputation: `(B, T)`, and the rows that it computed,
+            int32 with negative ones for none; None for all of them.
     """
 
     options: EliminationOptions
@@ -153,6 +155,7 @@ class LayerElimination:
     tokens: int = 0
     kept_tokens: int | Tensor = 0
     dense_calls: Counter[str] = field(default_factory=Counter)
+    latest: tuple[tuple[int, int], Tensor | None] | None = None
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments behind the hidden states, by name."""
@@ -176,6 +179,11 @@ class LayerElimination:
         self.calls += 1
         self.tokens += tokens
         self.kept_tokens = self.kept_tokens + kept
+
+    def remember(self, x: Tensor, kept: Kept | None) -> None:
+        """Keeps which tokens of x `[B, T, H]` this call is for; None for all."""
+        if torch.compiler.is_compiling() or not _recomputing():
+            self.latest = (x.shape[0], x.shape[1]), None if kept is None else kept.rows
 
     def nothing_to_drop(self, tokens: int) -> str | None:
         """Why a selection of so many tokens would be all of them; None when it would not, or when all are asked for."""

@@ -105,8 +105,10 @@ class TokenElimination(nn.Module):
         reason = self._obstacle(hidden_states, inputs)
         if reason is not None:
             state.note_dense(reason)
+            state.remember(hidden_states, None)
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return, misc]
         kept = state.select(self, hidden_states, inputs)
+        state.remember(hidden_states, kept)
         half = state.options.apply_to
         y = self._attention_half(hidden_states, None if half == "mlp" else kept, inputs)
         return self._mlp_half(y, None if half == "attention" else kept, y is not hidden_states)

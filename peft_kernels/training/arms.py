@@ -58,6 +58,8 @@ class Arm:
         schedule: what decides which parameters train when, or None.
         chunked_loss: whether the loss is formed without all logits, by `causal_lm_loss`.
         whole_logits: why it is not, where it was to be.
+        least_computed: leaves tokens out of the training loss that few layers computed; see
+            `elimination.computed_labels`. None counts all.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Arm:
     schedule: Schedule | None = None
     chunked_loss: bool = False
     whole_logits: str | None = None
+    least_computed: float | None = None
 
     def losses(self) -> list[float]:
         """The loss of every step so far."""
@@ -167,10 +170,19 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def loss_of(arm: Arm, batch: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of `batch` int64 `[B, seq_len]`, as the model itself defines it."""
+    """Mean next-token cross-entropy of `batch` int64 `[B, seq_len]`, as the model itself defines it.
+
+    In training it is of the tokens alone that `Arm.least_computed` leaves in.
+    """
+    least = arm.least_computed if arm.model.training else None
     if arm.chunked_loss:
-        return pk.causal_lm_loss(arm.model, batch, batch)
-    return arm.model(input_ids=batch, labels=batch).loss
+        return pk.causal_lm_loss(arm.model, batch, batch, least_computed=least)
+    if least is None:
+        return arm.model(input_ids=batch, labels=batch).loss
+    model: Any = arm.model
+    logits = model(input_ids=batch).logits
+    labels = pk.elimination.computed_labels(model, batch, least)
+    return model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
 
 
 def held_out_loss(arm: Arm, blocks: Tensor, batch_size: int, device: torch.device) -> float | None:

@@ -53,6 +53,7 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "token_block_size": ADAPTERS,
     "token_select_every": ADAPTERS,
     "token_layers": ADAPTERS,
+    "token_loss": ADAPTERS,
     "chunked_loss": ADAPTERS,
 }
 """Options that mean nothing to other methods, and must keep their defaults there."""
@@ -149,7 +150,7 @@ def _either(methods: Collection[str]) -> str:
 def _check_token_elimination(settings: Settings) -> None:
     keep = settings.token_elimination
     if keep is None:
-        for name in ("token_score", "token_block_size", "token_select_every", "token_layers"):
+        for name in ("token_score", "token_block_size", "token_select_every", "token_layers", "token_loss"):
             if getattr(settings, name) != getattr(type(settings), name):
                 raise UserError(f"{option(name)} needs --token-elimination, which says how much is kept")
         if settings.compare == "dense":

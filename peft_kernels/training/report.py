@@ -165,6 +165,11 @@ def _of_token_elimination(result: RunResult) -> list[str]:
             f"Token elimination: {len(report.eliminating)} of {len(report.layers)} decoder layers computed for {kept} "
             "in training. Held-out loss and text samples are of all tokens."
         )
+        if result.arms[0].least_computed is not None:
+            sentences.append(
+                "Its training loss is of the tokens that layers computed, those that most of them passed by left out; "
+                "it is not to be compared with the loss of an arm that computes all."
+            )
         dense = sum(sum(layer.dense_calls.values()) for layer in report.eliminating)
         if dense:
             sentences.append(f"{dense} calls of these layers were for all tokens all the same; see their list.")

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "lr_schedule": ("constant", "linear", "cosine"),
     "compare": ("none", "peft", "shira", "paca", "full", "dense"),
     "token_score": ("attention", "norm", "random"),
+    "token_loss": ("computed", "all"),
     "reselection_schedule": ("linear", "cosine"),
     "dim": ("input", "output"),
     "budget": channels.BUDGETS,
@@ -88,6 +89,7 @@ class Settings:
     token_block_size: int = 64
     token_select_every: int = 1
     token_layers: str | None = None
+    token_loss: str = "computed"
     chunked_loss: bool | None = None
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"

@@ -14,6 +14,8 @@ from .arms import DENSE, OURS, Arm
 from .errors import UserError
 from .settings import Settings
 
+LEAST_COMPUTED = 0.5
+
 
 def eliminate(arm: Arm, settings: Settings) -> None:
     """Has the decoder layers of an arm compute for kept tokens alone in training.
@@ -29,6 +31,8 @@ def eliminate(arm: Arm, settings: Settings) -> None:
         layers=settings.token_layer_indices(),
     )  # without a seed: random scores come from torch's generator, which every step seeds
     pk.inject(arm.model, config)
+    if settings.token_loss == "computed":
+        arm.least_computed = LEAST_COMPUTED
 
 
 def choose_losses(arms: list[Arm], settings: Settings) -> None:

@@ -72,6 +72,21 @@ def test_keeping_everything_trains_as_dense_and_the_held_out_loss_is_of_all_toke
     assert losses_of(tmp_path / "half")["peft-kernels dense"] == losses["peft-kernels dense"]
 
 
+def test_the_loss_is_of_computed_tokens_unless_all_are_asked_for(invoke: Invoke, tmp_path: Path) -> None:
+    losses = {}
+    for name, options in {
+        "computed": [],
+        "computed, all logits": ["--no-chunked-loss"],
+        "all": ["--token-loss", "all"],
+    }.items():
+        result = invoke("finetune", *HALF, *options, "--steps", 2, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        losses[name] = losses_of(tmp_path / name)["peft-kernels"]
+        assert ("those that most of them passed by left out" in " ".join(result.output.split())) == (name != "all")
+    assert losses["computed, all logits"] == pytest.approx(losses["computed"], rel=1e-5)
+    assert losses["all"][0] != pytest.approx(losses["computed"][0], rel=1e-4)
+
+
 def test_peft_beside_trains_another_function_and_loads_what_is_written(invoke: Invoke, tmp_path: Path) -> None:
     output = tmp_path / "run"
     result = invoke("finetune", *HALF, "--compare", "peft", "--steps", 2, "--output", output)
@@ -190,6 +205,7 @@ def test_a_step_takes_part_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--token-block-size", "8"], "--token-block-size needs --token-elimination"),
         (["--token-select-every", "2"], "--token-select-every needs --token-elimination"),
         (["--token-layers", "1"], "--token-layers needs --token-elimination"),
+        (["--token-loss", "all"], "--token-loss needs --token-elimination"),
         (["--compare", "dense"], "--compare dense needs --token-elimination"),
         ([*HALF[-6:], "--token-score", "gradient"], "--token-score must be one of attention, norm, random"),
         ([*HALF[-6:], "--token-layers", "1;2"], "--token-layers must be indices of layers separated by commas, got"),

@@ -52,6 +52,12 @@ def test_layers_that_eliminate_nothing_are_counted_whole():
     assert everywhere == plan_memory(LLAMA, replace(step, keep_attention=1.0, keep_mlp=1.0)).total
 
 
+def test_where_everything_is_kept_no_layer_is_taken_over():
+    step = StepSettings(1, 4096, dense_layers=4)
+    parts = {component.name: component.bytes for component in plan_memory(LLAMA, step).components}
+    assert parts["activations: MLP"] == 32 * layer_bytes(LLAMA, step, False).mlp
+
+
 def test_checkpointing_keeps_inputs_and_one_layer():
     step = StepSettings(2, 4096, checkpointing=True)
     parts = {component.name: component.bytes for component in plan_memory(LLAMA, step).components}
@@ -87,7 +93,6 @@ def test_what_trains_costs_its_gradient_and_two_moments(method):
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"keep_mlp": 1.5}, r"keep_mlp must be in \[0, 1\], got 1.5"),
         ({"method": "dora"}, "method must be one of lora, s2ft, sparse_delta, full, got 'dora'"),
-        ({"lean": False, "keep_mlp": 0.5}, "must be 1 without lean"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

@@ -289,5 +289,21 @@ def test_schedules_name_layers_from_both_ends():
     config = TokenEliminationConfig(schedule={-1: 0.25, 1: 0.5})
     assert config.ratios(6) == {1: 0.5, 5: 0.25}
     assert TokenEliminationConfig(schedule=[1.0, 0.5, 0.25]).ratios(3) == {0: 1.0, 1: 0.5, 2: 0.25}
+    listed = TokenEliminationConfig.from_dict(json.loads(json.dumps(TokenEliminationConfig(schedule=[1, 0.5]).to_dict())))
+    assert listed.ratios(2) == {0: 1.0, 1: 0.5}
+    with pytest.raises(ValueError, match="schedule must have one ratio for each of 3 layers, got 2"):
+        listed.ratios(3)
     assert TokenEliminationConfig(keep_ratio=0.5, dense_first=1, dense_last=2).ratios(6) == {1: 0.5, 2: 0.5, 3: 0.5}
     assert TokenEliminationConfig(threshold=0.5).ratios(4) == {2: 1.0}
+
+
+def test_an_argument_for_adapters_is_refused():
+    with pytest.raises(ValueError, match="autocast_adapter_dtype must be left out"):
+        peft_kernels.inject(build(), TokenEliminationConfig(keep_ratio=0.5), autocast_adapter_dtype=False)
+
+
+def test_a_report_says_the_threshold():
+    model = build()
+    report = eliminated(model, keep_ratio=None, threshold=2.5, score="norm")
+    assert {layer.threshold for layer in report.layers if layer.eliminates} == {2.5}
+    assert "keep=1 by norm of at least 2.5, both" in str(report)

@@ -1,0 +1,138 @@
+"""Which tokens layers computed in the latest call, and the loss of these alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import peft_kernels
+from peft_kernels import elimination
+
+from .models import BLOCK, build, eliminated, gradients, layers_of, tokens
+
+
+def shares_by_hand(model: torch.nn.Module, batch: int, length: int) -> Tensor:
+    """Counted one layer, one sequence and one row at a time."""
+    counts = torch.zeros(batch, length)
+    layers = elimination.eliminating_layers(model).values()
+    for layer in layers:
+        kept = layer.elimination.latest[1]
+        for row in range(batch * length) if kept is None else kept.tolist():
+            if row >= 0:
+                counts[row // length, row % length] += 1
+    return counts / len(layers)
+
+
+@pytest.mark.parametrize("select_every", [1, 2])
+@pytest.mark.parametrize(("batch", "length"), [(1, 16), (3, 23)])
+def test_shares_are_counts_over_layers(batch, length, select_every):
+    model = build()
+    eliminated(model, score="random", layers=[0, 1, 2, 3], select_every=select_every, seed=1)
+    model(input_ids=tokens(batch, length))
+    share = elimination.computed_share(model)
+    assert share.shape == (batch, length)
+    assert torch.equal(share, shares_by_hand(model, batch, length))
+    assert share[:, : length // BLOCK * BLOCK].mean() == pytest.approx(0.5, abs=0.25)
+    assert len(share.unique()) > 1
+
+
+def test_rows_that_only_fill_up_count_for_no_token():
+    model = build()
+    eliminated(model, keep_ratio=None, threshold=1.4, score="norm", layers=[0, 1, 2, 3])
+    model(input_ids=tokens(3, 24))
+    rows = [layer.elimination.latest[1] for layer in elimination.eliminating_layers(model).values()]
+    assert any((row < 0).any() for row in rows), "no selection is filled up"
+    assert torch.equal(elimination.computed_share(model), shares_by_hand(model, 3, 24))
+
+
+def test_a_layer_that_keeps_all_computed_every_token():
+    model = build()
+    eliminated(model, keep_ratio=None, layers=None, schedule={1: 1.0, 2: 0.5}, score="norm")
+    model(input_ids=tokens())
+    share = elimination.computed_share(model)
+    assert set(share.unique().tolist()) == {0.5, 1.0}
+    with pytest.warns(UserWarning, match="shorter than two blocks"):
+        model(input_ids=tokens(2, BLOCK))
+    assert torch.equal(elimination.computed_share(model), torch.ones(2, BLOCK))
+
+
+def test_labels_of_tokens_that_were_passed_by_do_not_count():
+    model, ids = build(), tokens(2, 22)
+    eliminated(model, score="random", layers=[0, 1, 2, 3], seed=3)
+    loss = peft_kernels.causal_lm_loss(model, ids, ids, least_computed=0.6)
+    share = elimination.computed_share(model)
+    labels = elimination.computed_labels(model, ids, 0.6)
+    for sequence in range(2):
+        for position in range(1, 22):
+            counts = share[sequence, position - 1] >= 0.6 * share[sequence].max()
+            assert labels[sequence, position] == (ids[sequence, position] if counts else -100)
+    assert 0 < (labels == -100).sum() < labels.numel()
+    found = gradients(model, loss)
+    model.zero_grad()
+    for layer in layers_of(model):  # the same selections again
+        layer.elimination.selections._generators.clear()
+    logits = model(input_ids=ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, gradient in gradients(model, expected).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.2])
+def test_some_token_always_counts(keep):
+    model, ids = build(), tokens(3, 24)
+    eliminated(model, keep_ratio=keep, score="random", layers=[0, 1, 2, 3], seed=0)
+    loss = peft_kernels.causal_lm_loss(model, ids, ids, least_computed=1.0)
+    assert loss.isfinite()
+
+
+def test_recomputation_in_backward_changes_nothing():
+    model, ids = build(), tokens(2, 22)
+    eliminated(model, score="random", layers=[0, 1, 2, 3])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = peft_kernels.causal_lm_loss(model, ids, ids, least_computed=0.5)
+    before = elimination.computed_share(model)
+    loss.backward()
+    assert torch.equal(elimination.computed_share(model), before)
+
+
+def test_evaluation_is_no_call_in_training():
+    model = build()
+    eliminated(model, score="norm")
+    model(input_ids=tokens(2, 22))
+    before = elimination.computed_share(model)
+    model.eval()(input_ids=tokens(1, 16))
+    assert torch.equal(elimination.computed_share(model), before)
+
+
+def test_a_compiled_layer_remembers_its_call():
+    model, ids = build(num_hidden_layers=2), tokens(2, 22)
+    eliminated(model, score="norm", layers=[0, 1])
+    model(input_ids=ids)
+    expected = elimination.computed_share(model)
+    for layer in layers_of(model):
+        layer.elimination.latest = None
+        layer.compile(fullgraph=True, backend="aot_eager")
+    model(input_ids=ids)
+    assert torch.equal(elimination.computed_share(model), expected)
+
+
+def test_what_cannot_be_said_is_refused():
+    model, ids = build(), tokens(2, 22)
+    with pytest.raises(ValueError, match="no layers that eliminate tokens"):
+        elimination.computed_share(model)
+    eliminated(model, score="norm")
+    with pytest.raises(RuntimeError, match="must have been called in training"):
+        elimination.computed_share(model)
+    model(input_ids=ids)
+    for least in (-0.1, 1.1, True, "half"):
+        with pytest.raises(ValueError, match=r"least must be in \[0, 1\]"):
+            elimination.computed_labels(model, ids, least)
+    with pytest.raises(ValueError, match=r"labels must be \[2, 22\]"):
+        elimination.computed_labels(model, ids[:1])
+    layers = list(elimination.eliminating_layers(model).values())
+    layers[0].elimination.latest = ((1, 22), None)
+    with pytest.raises(RuntimeError, match="with one batch for all its layers"):
+        elimination.computed_share(model)
