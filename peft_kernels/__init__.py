@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 from . import channels, deltas, elimination, nn, ops, optim, schedules, slices
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
-from .config import LoraConfig, S2FTConfig, SparseDeltaConfig, TokenEliminationConfig
+from .config import LoraConfig, S2FTConfig, SparseDeltaConfig, TokenEliminationConfig, TokenTuneConfig
 from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
 from .lottery_ticket import lottery_ticket_positions, rewind
-from .reports import AccelerationReport, EliminationReport, InjectionReport
+from .ops import select_excess_tokens
+from .reports import AccelerationReport, EliminationReport, InjectionReport, TokenTuneReport
 from .reselection import Reselector
 
 if TYPE_CHECKING:
-    from .integrations.causal_lm import causal_lm_loss
+    from .integrations.causal_lm import causal_lm_loss, causal_lm_token_losses
     from .integrations.peft import accelerate, restore
     from .integrations.schedules import GreenTrainerCallback, HFTCallback, LISACallback, ScheduleCallback
+    from .integrations.selective_loss import rho_loss
     from .integrations.transformers import SparseDeltaCallback
 
 __version__ = "0.1.0"
@@ -36,9 +38,12 @@ __all__ = [
     "SparseDeltaCallback",
     "SparseDeltaConfig",
     "TokenEliminationConfig",
+    "TokenTuneConfig",
+    "TokenTuneReport",
     "accelerate",
     "backend_report",
     "causal_lm_loss",
+    "causal_lm_token_losses",
     "channels",
     "deltas",
     "eject",
@@ -53,13 +58,16 @@ __all__ = [
     "optim",
     "restore",
     "rewind",
+    "rho_loss",
     "save_adapter",
     "schedules",
+    "select_excess_tokens",
     "slices",
     "unmerge",
     "use_backend",
 ]
 
+_CAUSAL_LM_LOSSES = ("causal_lm_loss", "causal_lm_token_losses")
 _FROM_PEFT = ("accelerate", "restore")
 _SCHEDULE_CALLBACKS = ("GreenTrainerCallback", "HFTCallback", "LISACallback", "ScheduleCallback")
 
@@ -78,8 +86,12 @@ def __getattr__(name: str) -> Any:
         from .integrations import schedules as schedule_callbacks
 
         return getattr(schedule_callbacks, name)
-    if name == "causal_lm_loss":
-        from .integrations.causal_lm import causal_lm_loss
+    if name in _CAUSAL_LM_LOSSES:
+        from .integrations import causal_lm
 
-        return causal_lm_loss
+        return getattr(causal_lm, name)
+    if name == "rho_loss":
+        from .integrations.selective_loss import rho_loss
+
+        return rho_loss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,9 +31,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
     leaves the previous adapter. A merged model saves the same adapter as an unmerged one. For a PEFT model this is its
     own `save_pretrained`, put in place the same way.
 
-    An adapter does not say whether tokens were eliminated while it was trained: it is the same for a model that
-    computes for all. Where they were, the configuration is written beside it, `token_elimination.json`, for
-    `TokenEliminationConfig.load`; `load_adapter` does not read it.
+    An adapter does not say whether tokens were eliminated while it was trained, or which had gradients: it is the same
+    for a model that does neither. Where that was so, the configuration is written beside it, `token_elimination.json`
+    for `TokenEliminationConfig.load` or `token_tune.json` for `TokenTuneConfig.load`; `load_adapter` reads neither.
 
     Args:
         model: a model after `inject`, one built with our drop-ins, or a PEFT model (accelerated or not).
@@ -48,17 +48,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
         from .integrations.peft_io import save_peft_adapter
 
         save_peft_adapter(model, directory, is_main_process)
-        _save_elimination(model, directory, is_main_process)
+        _save_token_config(model, directory, is_main_process)
         return
     injection, family, layers = _adapter_of(model)
     live = _tensors(model, family, layers, _saved_modules(model, injection), injection.config.bias)
     tensors = {key: _whole(tensor) for key, tensor in live.items()}
     if is_main_process:
         write_adapter(directory, _config_to_write(model, injection.config, family, layers), tensors)
-    _save_elimination(model, directory, is_main_process)
+    _save_token_config(model, directory, is_main_process)
 
 
-def _save_elimination(model: nn.Module, directory: str | os.PathLike[str], is_main_process: bool) -> None:
+def _save_token_config(model: nn.Module, directory: str | os.PathLike[str], is_main_process: bool) -> None:
     config = config_of(model)
     if config is not None and is_main_process:
         config.save(directory)

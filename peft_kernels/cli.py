@@ -156,7 +156,13 @@ def finetune(
         float | None,
         _option("token_elimination", "Share of the tokens that decoder layers compute for in training, in blocks"),
     ] = None,
-    token_score: Annotated[str | None, _option("token_score", "What says which blocks are kept")] = None,
+    token_tune: Annotated[
+        float | None,
+        _option("token_tune", "Share of the tokens that have gradients in training (TokenTune); all are computed"),
+    ] = None,
+    token_score: Annotated[
+        str | None, _option("token_score", "What says which blocks are kept, or tokens selected (--token-tune: random)")
+    ] = None,
     token_block_size: Annotated[
         int | None, _option("token_block_size", "Neighboring tokens that are kept or not together")
     ] = None,
@@ -165,14 +171,28 @@ def finetune(
     ] = None,
     token_layers: Annotated[
         str | None,
-        _option("token_layers", "Indices of the layers, separated by commas (default: all but the first two and last)"),
+        _option(
+            "token_layers",
+            "Indices of the layers, separated by commas (default: all but the first two and last; --token-tune: all)",
+        ),
     ] = None,
     token_loss: Annotated[
         str | None, _option("token_loss", "Which tokens' loss counts in training: those that layers computed, or all")
     ] = None,
     chunked_loss: Annotated[
         bool | None,
-        _option("chunked_loss", "Form the loss without all logits (default: with --token-elimination)"),
+        _option(
+            "chunked_loss",
+            "Form the loss without all logits (default: with --token-elimination, --token-tune, --loss-ratio)",
+        ),
+    ] = None,
+    loss_ratio: Annotated[
+        float | None,
+        _option("loss_ratio", "Share of a batch's tokens to train on: those whose loss exceeds a reference's most"),
+    ] = None,
+    reference_model: Annotated[
+        str | None,
+        _option("reference_model", "What --loss-ratio compares with, named as --model is (default: the base model)"),
     ] = None,
     dtype: Annotated[str | None, _option("dtype", "Dtype of the base model")] = None,
     adapter_dtype: Annotated[str | None, _option("adapter_dtype", "Dtype of the adapter; model: as the base")] = None,
@@ -201,7 +221,7 @@ def finetune(
 
     lora, sparse_delta and s2ft write an adapter; lisa, hft and greentrainer train the model itself and write a model.
     --compare: peft (lora, s2ft) and shira (sparse_delta) are PEFT's layers, paca (s2ft) plain PyTorch, full everything,
-    dense the same adapter without --token-elimination.
+    dense the same adapter without --token-elimination, --token-tune and --loss-ratio.
     """
     from .training.errors import UserError
 

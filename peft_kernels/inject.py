@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import elimination, targets
-from .config import AdapterConfig, TokenEliminationConfig
+from .config import AdapterConfig, TokenEliminationConfig, TokenTuneConfig
 from .families import AdapterLayer, Choices, adapter_layers
 from .nn.swiglu_mlp import SwiGLUMLP
 from .planning import (
@@ -25,11 +25,15 @@ from .planning import (
     unwrapped,
     weight_owners,
 )
-from .reports import EliminationReport, InjectionReport
+from .reports import EliminationReport, InjectionReport, TokenTuneReport
 
 
 @overload
 def inject(model: nn.Module, config: TokenEliminationConfig) -> EliminationReport: ...
+
+
+@overload
+def inject(model: nn.Module, config: TokenTuneConfig) -> TokenTuneReport: ...
 
 
 @overload
@@ -46,17 +50,17 @@ def inject(
 
 def inject(
     model: nn.Module,
-    config: AdapterConfig | TokenEliminationConfig,
+    config: AdapterConfig | TokenEliminationConfig | TokenTuneConfig,
     *,
     seed: int | None = None,
     autocast_adapter_dtype: bool = True,
     positions: Mapping[str, Any] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-) -> InjectionReport | EliminationReport:
+) -> InjectionReport | EliminationReport | TokenTuneReport:
     """Replaces the linear layers that `config` names by the family's drop-in, in place; freezes everything else.
 
-    A `TokenEliminationConfig` is for decoder layers instead, and freezes nothing: see `elimination.eliminate`. It goes
-    with each of the others, injected before or after.
+    A `TokenEliminationConfig` is for decoder layers instead, and freezes nothing: see `elimination.eliminate`; so is a
+    `TokenTuneConfig`, see `elimination.tune`. One of the two goes with each of the others, injected before or after.
 
     `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`, `S2FTConfig`
     `nn.S2FTLinear`, and `nn.S2FTConv1D` in the place of transformers' `Conv1D`, which the others refuse. Weights are
@@ -70,7 +74,7 @@ def inject(
     Args:
         model: any module; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
         config: a `LoraConfig`, a `SparseDeltaConfig` or an `S2FTConfig`, or PEFT's `LoraConfig`; or a
-            `TokenEliminationConfig`, with which none of the other arguments go.
+            `TokenEliminationConfig` or `TokenTuneConfig`, with which none of the other arguments go.
         seed: draws the initial factors or positions from this seed, leaving torch's generators alone; None draws from
             torch's default CPU generator.
         autocast_adapter_dtype: True keeps what trains in float32 over a bfloat16 or float16 model (PEFT's default);
@@ -88,14 +92,16 @@ def inject(
         ValueError, TypeError: nothing matches (the message lists what could), a named module cannot be replaced, the
             model has adapters already, or an option is not supported. The model is then as it was.
     """
-    if isinstance(config, TokenEliminationConfig):
+    if isinstance(config, TokenEliminationConfig | TokenTuneConfig):
         for name, value in (("seed", seed), ("positions", positions), ("calibration", calibration)):
             if value is not None:
-                raise ValueError(f"{name} must be None with a TokenEliminationConfig, got {value!r}")
+                raise ValueError(f"{name} must be None with a {type(config).__name__}, got {value!r}")
         if autocast_adapter_dtype is not True:
             raise ValueError(
-                f"autocast_adapter_dtype must be left out with a TokenEliminationConfig, got {autocast_adapter_dtype!r}"
+                f"autocast_adapter_dtype must be True with a {type(config).__name__}, got {autocast_adapter_dtype!r}"
             )
+        if isinstance(config, TokenTuneConfig):
+            return elimination.tune(model, config)
         return elimination.eliminate(model, config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return commit(
@@ -160,11 +166,11 @@ def _trained_beside(model: nn.Module, plan: Plan) -> Iterator[nn.Parameter]:
 def eject(model: nn.Module, merge: bool = True) -> None:
     """Puts the plain layer back in the place of every adapter layer, and undoes what `inject` froze.
 
-    Biases and modules_to_save that were trained keep their trained values. Decoder layers that eliminate tokens get
+    Biases and modules_to_save that were trained keep their trained values. Decoder layers that select tokens get
     their class back; `elimination.remove` does that alone.
 
     Args:
-        model: a model with adapter layers of ours, or with layers that eliminate tokens.
+        model: a model with adapter layers of ours, or with layers that select tokens.
         merge: True leaves the update in the weights, rounded once (for LoRA in a new weight tensor per layer; where
             it was tied to another module's, that tie ends, with a warning). False drops the update; the weights are
             the original ones, to the bit.
@@ -174,8 +180,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
             back. Nothing has changed then.
     """
     model = unwrapped(model)
-    eliminates = bool(elimination.eliminating_layers(model))
-    if eliminates and not adapter_layers(model):
+    selects = bool(elimination.selective_layers(model))
+    if selects and not adapter_layers(model):
         elimination.remove(model)
         return
     layers = _present(model)
@@ -186,7 +192,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     injection = injection_of(model)
     if injection is not None and injection.permutation is not None:
         injection.permutation.check(model, layers)
-    if eliminates:
+    if selects:
         elimination.check_removable(model)
     everything = dict(model.named_modules(remove_duplicate=False))
     places = paths_of(everything)
@@ -208,7 +214,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         delattr(model, STATE)
         if injection.permutation is not None:
             injection.permutation.undo(model)
-    if eliminates:
+    if selects:
         elimination.remove(model)
     if tied:
         warnings.warn(f"merged weights are no longer tied to other modules': {shortened(tied, ', ')}", stacklevel=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,22 @@ class InjectionReport(_LayersReport):
 
 @dataclass(frozen=True)
 class EliminatedLayer:
-    """One decoder layer and the tokens that it computed for.
+    """One decoder layer and the tokens that it selected.
+
+    Kept tokens are those that a layer computed for; with TokenTune, those that it kept activations of.
 
     Attributes:
         path: where it sits in the model.
         kind: its class, by name, as it was before.
-        reason: why it computes for all tokens; None where it eliminates some.
+        reason: why it treats all tokens alike; None where it selects some.
         keep: its keep ratio.
         score: what it chooses tokens by.
         threshold: blocks with a smaller score are not kept either; None where there is none.
-        apply_to: which half of it computes for kept tokens alone.
+        apply_to: which half of it computes for kept tokens alone; None with TokenTune.
         own_parts: parts that run as the modules they are, and may keep more for backward, with the reason.
-        calls: calls in training that computed for kept tokens alone.
+        calls: calls in training that selected tokens.
         tokens, kept_tokens: of these calls, in all.
-        dense_calls: calls in training that computed for all tokens although they should not have, by reason.
+        dense_calls: calls in training for all tokens although it should have been some, by reason.
     """
 
     path: str
@@ -123,15 +126,23 @@ class EliminatedLayer:
     dense_calls: dict[str, int] = field(default_factory=dict)
 
     @property
+    def selects(self) -> bool:
+        """Whether it selects tokens in training."""
+        return self.reason is None
+
+    @property
     def eliminates(self) -> bool:
         """Whether it computes for some tokens alone in training."""
-        return self.reason is None
+        return self.selects
 
     def __str__(self) -> str:
         if self.reason is not None:
             return f"{self.path}: dense, {self.reason}"
-        threshold = "" if self.threshold is None else f" of at least {self.threshold:g}"
-        line = f"{self.path}: keep={self.keep:g} by {self.score}{threshold}, {self.apply_to}"
+        line = f"{self.path}: keep={self.keep:g} by {self.score}"
+        if self.threshold is not None:
+            line += f" of at least {self.threshold:g}"
+        if self.apply_to is not None:
+            line += f", {self.apply_to}"
         if self.calls:
             line += f", {self.calls} calls, {self.kept_tokens} of {self.tokens} tokens kept"
         parts = [f"; {count} dense calls: {reason}" for reason, count in self.dense_calls.items()]
@@ -140,21 +151,40 @@ class EliminatedLayer:
 
 
 @dataclass(frozen=True)
-class EliminationReport:
-    """Every decoder layer of a model, and whether it computes for some tokens alone in training."""
-
+class _TokenReport:
     layers: tuple[EliminatedLayer, ...]
 
+    _what: ClassVar[str]
+
     @property
-    def eliminating(self) -> tuple[EliminatedLayer, ...]:
-        """The layers that do."""
-        return tuple(layer for layer in self.layers if layer.eliminates)
+    def selecting(self) -> tuple[EliminatedLayer, ...]:
+        """The layers that select tokens in training."""
+        return tuple(layer for layer in self.layers if layer.selects)
 
     @property
     def dense(self) -> tuple[EliminatedLayer, ...]:
         """The layers that do not, each with its reason."""
-        return tuple(layer for layer in self.layers if not layer.eliminates)
+        return tuple(layer for layer in self.layers if not layer.selects)
 
     def __str__(self) -> str:
-        head = f"{type(self).__name__}: {len(self.eliminating)} of {len(self.layers)} decoder layers eliminate tokens"
+        head = f"{type(self).__name__}: {len(self.selecting)} of {len(self.layers)} decoder layers {self._what}"
         return "\n".join([head, *(f"  {layer}" for layer in self.layers)])
+
+
+@dataclass(frozen=True)
+class EliminationReport(_TokenReport):
+    """Every decoder layer of a model, and whether it computes for some tokens alone in training."""
+
+    _what = "eliminate tokens"
+
+    @property
+    def eliminating(self) -> tuple[EliminatedLayer, ...]:
+        """The layers that do."""
+        return self.selecting
+
+
+@dataclass(frozen=True)
+class TokenTuneReport(_TokenReport):
+    """Every decoder layer of a model, and whether it has gradients for selected tokens alone in training."""
+
+    _what = "have gradients for selected tokens alone"

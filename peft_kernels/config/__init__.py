@@ -5,5 +5,15 @@ from .lora import LoraConfig
 from .s2ft import S2FTConfig
 from .sparse_delta import SparseDeltaConfig
 from .token_elimination import TokenEliminationConfig
+from .token_layers import TokenConfig
+from .token_tune import TokenTuneConfig
 
-__all__ = ["AdapterConfig", "LoraConfig", "S2FTConfig", "SparseDeltaConfig", "TokenEliminationConfig"]
+__all__ = [
+    "AdapterConfig",
+    "LoraConfig",
+    "S2FTConfig",
+    "SparseDeltaConfig",
+    "TokenConfig",
+    "TokenEliminationConfig",
+    "TokenTuneConfig",
+]

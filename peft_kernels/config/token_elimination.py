@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from .token_layers import TokenConfig, check_finite, check_integer, check_ratio, checked_layers, in_order
 
 SCORES = ("attention", "norm", "gradient", "random", "predictor")
 HALVES = ("both", "attention", "mlp")
-FILE_NAME = "token_elimination.json"
-KIND = "TOKEN_ELIMINATION"
 
 
 @dataclass
-class TokenEliminationConfig:
+class TokenEliminationConfig(TokenConfig):
     """Decoder layers that compute for the most informative tokens alone while they train; the others pass them by.
 
     Attributes:
@@ -60,11 +55,14 @@ class TokenEliminationConfig:
     dense_first: int = 2
     dense_last: int = 1
 
+    file_name: ClassVar[str] = "token_elimination.json"
+    kind: ClassVar[str] = "TOKEN_ELIMINATION"
+
     def __post_init__(self) -> None:
         if self.keep_ratio is not None:
             check_ratio("keep_ratio", self.keep_ratio)
         if self.threshold is not None:
-            _check_finite("threshold", self.threshold)
+            check_finite("threshold", self.threshold)
         if self.schedule is not None:
             checked = _checked_schedule(self.schedule)
             self.schedule = list(checked.values()) if isinstance(self.schedule, list | tuple) else checked
@@ -74,11 +72,11 @@ class TokenEliminationConfig:
         elif self.keep_ratio is None and self.threshold is None:
             raise ValueError("keep_ratio, threshold or schedule must be given, got none of them")
         if self.layers is not None:
-            self.layers = _checked_layers(self.layers)
+            self.layers = checked_layers(self.layers)
         for name, least in (("block_size", 1), ("select_every", 1), ("dense_first", 0), ("dense_last", 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0)
+            check_integer("seed", self.seed, 0)
         for name, choices in (("score", SCORES), ("apply_to", HALVES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -107,23 +105,16 @@ class TokenEliminationConfig:
                     )
             given = dict.fromkeys(indices, 1.0 if self.keep_ratio is None else float(self.keep_ratio))
             name = "layers"
-        ratios: dict[int, float] = {}
-        for index, ratio in given.items():
-            if not -count <= index < count:
-                raise ValueError(f"{name} must name layers of the model, which has {count}, got {index}")
-            if index % count in ratios:
-                raise ValueError(f"{name} must name each layer once, got {index % count} twice")
-            ratios[index % count] = ratio
-        return dict(sorted(ratios.items()))
+        return in_order(name, given, count)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `token_elimination.json`."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = super().to_dict()
         if self.schedule is not None:  # JSON has no other keys
             checked = _checked_schedule(self.schedule)
             listed = isinstance(self.schedule, list | tuple)
             values["schedule"] = [*checked.values()] if listed else {str(index): r for index, r in checked.items()}
-        return {**values, "kind": KIND}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -132,73 +123,10 @@ class TokenEliminationConfig:
         Raises:
             ValueError, TypeError: another kind of configuration, or as for the class.
         """
-        if values.get("kind", KIND) != KIND:
-            raise ValueError(f"kind must be {KIND!r} for a {cls.__name__}, got {values['kind']!r}")
-        known = {item.name for item in fields(cls)}
-        ignored = {name: value for name, value in values.items() if name not in known | {"kind"}}
-        if ignored:
-            warnings.warn(f"{cls.__name__} ignores options it does not know: {ignored}", stacklevel=2)
-        kept = {name: value for name, value in values.items() if name in known}
-        schedule = kept.get("schedule")
+        schedule = values.get("schedule")
         if isinstance(schedule, Mapping):
-            kept["schedule"] = {_index(key): ratio for key, ratio in schedule.items()}
-        return cls(**kept)
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `token_elimination.json` into a directory, created when missing; written aside, then renamed."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        finished = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
-        try:
-            with finished.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(finished, folder / FILE_NAME)
-        finally:
-            finished.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Self:
-        """Reads what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError, TypeError: it is damaged, or as for the class.
-        """
-        path = Path(directory) / FILE_NAME
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
-
-
-def check_ratio(name: str, value: Any) -> None:
-    """Raises ValueError unless it is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _checked_layers(layers: Any) -> list[int]:
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be a list of indices or None, got {layers!r}")
-    indices = list(layers)
-    if not indices or any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
-        raise ValueError(f"layers must be a list of indices, at least one, got {indices!r}")
-    return indices
+            values = {**values, "schedule": {_index(key): ratio for key, ratio in schedule.items()}}
+        return super().from_dict(values)
 
 
 def _checked_schedule(schedule: Any) -> dict[int, float]:

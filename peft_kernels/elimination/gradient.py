@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..planning import unwrapped
-from .model import eliminating_layers
+from .model import selective_layers
 
 
 def score_by_gradient(model: nn.Module, **batch: Any) -> Tensor:
@@ -20,7 +20,7 @@ def score_by_gradient(model: nn.Module, **batch: Any) -> Tensor:
     last hidden states, which costs a pass through the output layer.
 
     Args:
-        model: a causal language model of transformers' that eliminates tokens with score="gradient".
+        model: a causal language model of transformers' that selects tokens with score="gradient".
         batch: what it is called with next, labels among it.
 
     Returns:
@@ -30,9 +30,9 @@ def score_by_gradient(model: nn.Module, **batch: Any) -> Tensor:
         ValueError: the model has no layers with this score or no output layer, or batch has no labels.
     """
     inner = unwrapped(model)
-    states = [layer.elimination for layer in eliminating_layers(inner).values()]
+    states = [layer.elimination for layer in selective_layers(inner).values()]
     if not any(state.options.score == "gradient" for state in states):
-        raise ValueError('model must have layers that eliminate tokens with score="gradient", and has none')
+        raise ValueError('model must have layers that select tokens with score="gradient", and has none')
     getter = getattr(inner, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if not isinstance(head, nn.Module):

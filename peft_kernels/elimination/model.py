@@ -1,4 +1,4 @@
-"""Which decoder layers of a model eliminate tokens: taking them over, giving them back, and what they did."""
+"""Which decoder layers of a model select tokens: taking them over, giving them back, and what they did."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ..config import TokenEliminationConfig
+from ..config import TokenConfig, TokenEliminationConfig
 from ..nn.linear import type_name
 from ..nn.selections import EliminationOptions, Selections
-from ..nn.token_elimination import TokenElimination, checked_anatomy, eliminating_class, over
+from ..nn.selective_layer import SelectiveLayer, class_over
+from ..nn.token_elimination import TokenElimination
+from ..nn.token_tune import TokenTune
 from ..planning import paths_of, put_module, shortened, unwrapped
-from ..reports import EliminatedLayer, EliminationReport
+from ..reports import EliminatedLayer, EliminationReport, TokenTuneReport
 from ..schedules.layers import transformer_layers
 
 STATE = "_peft_kernels_token_elimination"
@@ -21,15 +23,15 @@ STATE = "_peft_kernels_token_elimination"
 
 @dataclass(frozen=True)
 class Elimination:
-    """What `eliminate` remembers on the model; travels with copies and pickles of it.
+    """What `eliminate` or `tune` remembers on the model; travels with copies and pickles of it.
 
     Attributes:
         config: as it was given.
         selections: what its layers share.
-        dense: reasons by path, of decoder layers that were to eliminate tokens and cannot.
+        dense: reasons by path, of decoder layers that were to select tokens and cannot.
     """
 
-    config: TokenEliminationConfig
+    config: TokenConfig
     selections: Selections
     dense: dict[str, str]
 
@@ -39,8 +41,13 @@ def eliminating_layers(model: nn.Module) -> dict[str, TokenElimination]:
     return {path: module for path, module in model.named_modules() if isinstance(module, TokenElimination)}
 
 
-def config_of(model: nn.Module) -> TokenEliminationConfig | None:
-    """The configuration that the model eliminates tokens by, or None."""
+def selective_layers(model: nn.Module) -> dict[str, SelectiveLayer]:
+    """The model's layers that select tokens, whatever for, by path; a layer used at several places by its first."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SelectiveLayer)}
+
+
+def config_of(model: nn.Module) -> TokenConfig | None:
+    """The configuration that the model selects tokens by, or None."""
     state = unwrapped(model).__dict__.get(STATE)
     return None if state is None else state.config
 
@@ -62,58 +69,86 @@ def eliminate(model: nn.Module, config: TokenEliminationConfig) -> EliminationRe
         TypeError, ValueError: the model has no such layers, a named layer is none, or it eliminates tokens already. The
             model is then as it was.
     """
+    config = replace(config)  # a copy, checked anew: the caller's may have been edited since
+
+    def options(ratio: float) -> EliminationOptions:
+        return EliminationOptions(
+            ratio, config.block_size, config.score, config.apply_to, config.train_only, config.threshold
+        )
+
+    named = config.layers is not None or config.schedule is not None
+    take_layers(model, TokenElimination, config, options, Selections(config.select_every, config.seed), named)
+    found = report(model)
+    assert isinstance(found, EliminationReport)
+    return found
+
+
+def take_layers(
+    model: nn.Module,
+    kind: type[SelectiveLayer],
+    config: TokenConfig,
+    options: Callable[[float], EliminationOptions],
+    selections: Selections,
+    named: bool,
+) -> None:
+    """Puts layers of `kind` in the place of a model's decoder layers, those that `config.ratios` gives a ratio.
+
+    Args:
+        model: see `eliminate`.
+        kind: of layer.
+        config: kept on the model.
+        options: of a layer, by its ratio.
+        selections: what the layers share.
+        named: whether the user chose the layers, so that one that cannot be taken is an error.
+
+    Raises:
+        TypeError, ValueError: as `eliminate`. The model is then as it was.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if unwrapped(model) is not model:
         raise ValueError("model is wrapped by torch.compile or DistributedDataParallel; inject into the model first")
-    present = eliminating_layers(model)
-    if present:
-        raise ValueError(f"model eliminates tokens already (at {next(iter(present))}); elimination.remove it first")
-    config = replace(config)  # a copy, checked anew: the caller's may have been edited since
+    for path, layer in selective_layers(model).items():
+        raise ValueError(f"model {layer.does} already (at {path}); elimination.remove it first")
     layers = list(transformer_layers(model).items())
-    ratios = config.ratios(len(layers))
-    selections = Selections(config.select_every, config.seed)
-    taken, refused = _taken_over(layers, ratios, config, selections)
-    named = config.layers is not None or config.schedule is not None
+    taken, refused = _taken_over(layers, kind, config.ratios(len(layers)), options, selections)
     if refused and (named or not taken):
         found = shortened([f"{path}: {reason}" for path, reason in refused.items()], "; ", limit=3)
-        raise ValueError(f"model has decoder layers that cannot eliminate tokens: {found}")
+        raise ValueError(f"model has decoder layers that {kind.cannot}: {found}")
     holders = paths_of(dict(model.named_modules(remove_duplicate=False)))
     places = {path: holders[id(model.get_submodule(path))] for path in taken}
     for path, layer in taken.items():
         for place in places[path]:
             put_module(model, place, layer)
     setattr(model, STATE, Elimination(config, selections, refused))
-    return report(model)
 
 
 def _taken_over(
     layers: list[tuple[str, nn.Module]],
+    kind: type[SelectiveLayer],
     ratios: Mapping[int, float],
-    config: TokenEliminationConfig,
+    options: Callable[[float], EliminationOptions],
     selections: Selections,
-) -> tuple[dict[str, TokenElimination], dict[str, str]]:
+) -> tuple[dict[str, SelectiveLayer], dict[str, str]]:
     """The new layers, and reasons for those that cannot be, by path."""
     anatomies, refused = {}, {}
     for index, ratio in ratios.items():
         path, module = layers[index]
-        options = EliminationOptions(
-            ratio, config.block_size, config.score, config.apply_to, config.train_only, config.threshold
-        )
+        own = options(ratio)
         try:
-            anatomies[index] = options, checked_anatomy(module, options)
+            anatomies[index] = own, kind.checked_anatomy(module, own)
         except (TypeError, ValueError) as error:
-            refused[path] = str(error).removeprefix("TokenElimination cannot take this layer over: ")
+            refused[path] = str(error).removeprefix(f"{kind.__name__} cannot take this layer over: ")
     taken = {}
-    for number, (index, (options, anatomy)) in enumerate(anatomies.items()):
-        leader = list(anatomies)[number - number % config.select_every]
+    for number, (index, (own, anatomy)) in enumerate(anatomies.items()):
+        leader = list(anatomies)[number - number % selections.select_every]
         path, module = layers[index]
-        taken[path] = over(module, options, anatomy, selections, index, leader)
+        taken[path] = kind.over(module, own, anatomy, selections, index, leader)
     return taken, refused
 
 
 def remove(model: nn.Module) -> None:
-    """Gives every layer that eliminates tokens its class back; adapters in it stay.
+    """Gives every layer that selects tokens its class back; adapters in it stay.
 
     Raises:
         ValueError: there is none, or one was sharded since. Nothing has changed then.
@@ -128,18 +163,16 @@ def remove(model: nn.Module) -> None:
     model.__dict__.pop(STATE, None)
 
 
-def check_removable(model: nn.Module) -> dict[str, TokenElimination]:
+def check_removable(model: nn.Module) -> dict[str, SelectiveLayer]:
     """The layers that `remove` gives their class back; raises what it raises."""
-    layers = eliminating_layers(model)
+    layers = selective_layers(model)
     if not layers:
-        raise ValueError("model has no layers that eliminate tokens")
+        raise ValueError("model has no layers that eliminate tokens or differentiate by selected ones")
     for path, layer in layers.items():
-        if type(layer) is not eliminating_class(layer.replaced_type):
-            raise ValueError(
-                f"{path} is a {type_name(layer)}, made of a layer that eliminates tokens (by fully_shard?)"
-            )
+        if type(layer) is not class_over(layer.base_type, layer.replaced_type):
+            raise ValueError(f"{path} is a {type_name(layer)}, made of a layer that {layer.does} (by fully_shard?)")
         if not path:
-            raise ValueError("model is itself a layer that eliminates tokens; use its restored()")
+            raise ValueError(f"model is itself a layer that {layer.does}; use its restored()")
     return layers
 
 
@@ -167,19 +200,22 @@ def set_predictors(model: nn.Module, predictors: Mapping[int, Callable[[Tensor],
         layers[index].elimination.predictor = predictor
 
 
-def report(model: nn.Module) -> EliminationReport:
-    """What the layers that eliminate tokens did so far, and which decoder layers are none.
+def report(model: nn.Module) -> EliminationReport | TokenTuneReport:
+    """What the layers that select tokens did so far, and which decoder layers are none.
 
     Calls within a graph of `torch.compile` are not counted.
+
+    Returns:
+        An `EliminationReport`; for a model with a `TokenTuneConfig` a `TokenTuneReport`.
     """
     model = unwrapped(model)
     state = model.__dict__.get(STATE)
     refused = {} if state is None else state.dense
-    eliminating = eliminating_layers(model)
-    every = {**_decoder_layers(model), **eliminating}
+    selective = selective_layers(model)
+    every = {**_decoder_layers(model), **selective}
     rows = []
     for path, module in every.items():
-        if not isinstance(module, TokenElimination):
+        if not isinstance(module, SelectiveLayer):
             reason = refused.get(path, "it was not asked to")
             rows.append(EliminatedLayer(path, type_name(module), reason=reason))
             continue
@@ -190,7 +226,7 @@ def report(model: nn.Module) -> EliminationReport:
                 type_name(module, module.replaced_type),
                 keep=float(own.options.keep),
                 score=own.options.score_name,
-                apply_to=own.options.apply_to,
+                apply_to=own.options.apply_to if isinstance(module, TokenElimination) else None,
                 threshold=None if own.options.threshold is None else float(own.options.threshold),
                 own_parts=own.anatomy.reasons(),
                 calls=own.calls,
@@ -199,7 +235,8 @@ def report(model: nn.Module) -> EliminationReport:
                 dense_calls=dict(own.dense_calls),
             )
         )
-    return EliminationReport(tuple(rows))
+    tunes = any(isinstance(layer, TokenTune) for layer in selective.values())
+    return (TokenTuneReport if tunes else EliminationReport)(tuple(rows))
 
 
 def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

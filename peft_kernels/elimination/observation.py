@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.decoder_layer import AttentionPart, anatomy_of, missing_parts
-from ..nn.token_elimination import TokenElimination
+from ..nn.selective_layer import SelectiveLayer
 from ..nn.token_scores import attention_scores
 from ..planning import unwrapped
 from ..schedules.layers import transformer_layers
@@ -61,7 +61,7 @@ def all_tokens(model: nn.Module) -> Iterator[None]:
 
 def named_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A decoder layer's arguments behind the hidden states, by name."""
-    if isinstance(layer, TokenElimination):
+    if isinstance(layer, SelectiveLayer):
         return layer.elimination.named(args, kwargs)
     names = tuple(inspect.signature(type(layer).forward).parameters)[2:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -156,7 +156,7 @@ def _attention_part(index: int, layer: nn.Module) -> AttentionPart:
     missing = missing_parts(layer)
     if missing:
         raise ValueError(f"decoder layer {index} has no {' and no '.join(missing)}")
-    part = layer.elimination.anatomy.attention if isinstance(layer, TokenElimination) else anatomy_of(layer).attention
+    part = layer.elimination.anatomy.attention if isinstance(layer, SelectiveLayer) else anatomy_of(layer).attention
     if not isinstance(part, AttentionPart):
         raise ValueError(f"decoder layer {index} has no queries and keys to score blocks by: {part}")
     return part

@@ -224,7 +224,7 @@ def _check_share(name: str, value: Any, most: float) -> None:
 
 def _score_of(groups: Mapping[int, list[TokenElimination]]) -> tuple[str, int]:
     """Score and block size of the model's layers; raises ValueError where no thresholds can be found for them."""
-    for index, layers in groups.items():
+    for layers in groups.values():
         options = layers[0].elimination.options
         if options.score in _UNFIT:
             raise ValueError(f"thresholds cannot be of score={options.score!r}: its scores {_UNFIT[options.score]}")  # type: ignore[index]

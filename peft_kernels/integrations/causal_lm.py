@@ -1,15 +1,17 @@
-"""`causal_lm_loss`: the loss of transformers' causal language models without all of their logits."""
+"""The loss of transformers' causal language models without all of their logits: as a whole, and by token."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .. import ops
-from ..elimination import computed_labels
+from .. import elimination, ops
+from ..elimination.token_tune import selections_of
 from ..nn.linear import has_hooks, replaced_call, type_name, weight_obstacle
 from ..planning import unwrapped
 
@@ -34,8 +36,8 @@ def causal_lm_loss(
     *,
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
-    token_mask: Tensor | None = None,
-    least_computed: float | None = None,
+    token_mask: Tensor | Literal["computed", "selected"] | None = None,
+    token_weights: Tensor | None = None,
     chunk_size: int | None = None,
     **inputs: Any,
 ) -> Tensor:
@@ -53,9 +55,11 @@ def causal_lm_loss(
             tokens before it.
         num_items_in_batch: what the sum is divided by in place of the number of labels.
         ignore_index: the label of tokens that do not count.
-        token_mask: bool `[B, T]`: only labels where it is true count.
-        least_computed: for a model that eliminates tokens: only labels count whose predicting token was computed by so
-            many layers; see `elimination.computed_labels`.
+        token_mask: bool `[B, T]`: only labels where it is true count. Or, in training, those that are predicted by the
+            tokens that this call has: "computed" in most of the layers that eliminate tokens, see
+            `elimination.computed_labels`; "selected" for gradients, see `elimination.selected_labels`.
+        token_weights: floating `[B, T]`, factors of the labels' losses; the loss is then divided by the sum of those
+            that count, unless by num_items_in_batch. A label of weight 0 does not count.
         chunk_size: tokens per chunk; see `ops.linear_cross_entropy`.
         **inputs: what else the decoder is called with: attention_mask, position_ids, ...
 
@@ -65,20 +69,10 @@ def causal_lm_loss(
 
     Raises:
         TypeError: an argument that is about the logits, which nobody gets here.
-        ValueError: the model's loss is not this one; the message says why. Or as `ops.linear_cross_entropy` or
-            `elimination.computed_labels`.
+        ValueError: the model's loss is not this one; the message says why. Or token_mask is "computed" or "selected"
+            and the model has no such layers. Or as `ops.linear_cross_entropy`.
     """
-    reason = causal_lm_loss_obstacle(model)
-    if reason is not None:
-        raise ValueError(f"causal_lm_loss cannot take the place of this model's own loss: {reason}")
-    for name in _OF_THE_HEAD:
-        if name in inputs:
-            raise TypeError(f"causal_lm_loss takes no {name}, which is for the model's own forward")
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    hidden = decoder(input_ids=input_ids, **inputs).last_hidden_state
-    if least_computed is not None:
-        labels = computed_labels(model, labels, least_computed, ignore_index)
+    hidden, head, counted = before_the_head("causal_lm_loss", model, input_ids, inputs, token_mask)
     return ops.linear_cross_entropy(
         hidden,
         head.weight,
@@ -87,7 +81,51 @@ def causal_lm_loss(
         ignore_index=ignore_index,
         num_items_in_batch=num_items_in_batch,
         shift=True,
-        token_mask=token_mask,
+        token_mask=counted,
+        token_weights=token_weights,
+        chunk_size=chunk_size,
+    )
+
+
+@torch.no_grad()
+def causal_lm_token_losses(
+    model: nn.Module,
+    input_ids: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    token_mask: Tensor | Literal["computed", "selected"] | None = None,
+    chunk_size: int | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """The loss of each token, without a gradient: what `rho_loss` compares with, from a reference model.
+
+    The reference may be another model with the same tokens, or the same one without its adapters: call this before
+    `inject`, or for PEFT's with `peft_model.get_base_model()` inside `with peft_model.disable_adapter()`. A reference
+    does not train, so that its losses can be computed once and stored beside the data.
+
+    Args:
+        model: as for `causal_lm_loss`, and left in its mode: call `eval()` first, so that neither dropout nor token
+            elimination is in the losses.
+        input_ids, labels, ignore_index, token_mask, chunk_size, **inputs: as for `causal_lm_loss`.
+
+    Returns:
+        `[B, T]`, float32 (float64 for float64): the loss of each label at the label's place; zero for labels that do
+        not count, and for the first of a sequence, which nothing predicts.
+
+    Raises:
+        ValueError, TypeError: as `causal_lm_loss`.
+    """
+    hidden, head, counted = before_the_head("causal_lm_token_losses", model, input_ids, inputs, token_mask)
+    return ops.linear_cross_entropy(
+        hidden,
+        head.weight,
+        labels.to(hidden.device),
+        head.bias,
+        ignore_index=ignore_index,
+        reduction="none",
+        shift=True,
+        token_mask=counted,
         chunk_size=chunk_size,
     )
 
@@ -120,6 +158,39 @@ def causal_lm_loss_obstacle(model: nn.Module) -> str | None:
     if decoder is model or decoder is not model.base_model:
         return "its decoder is not all that is before the output layer"
     return _loss_obstacle(model)
+
+
+def before_the_head(
+    caller: str, model: nn.Module, input_ids: Tensor | None, inputs: Mapping[str, Any], token_mask: Tensor | str | None
+) -> tuple[Tensor, Any, Tensor | None]:
+    """The decoder's last hidden state `[B, T, H]`, the output layer behind it, and which labels `[B, T]` count.
+
+    `caller` is the loss that asks, `token_mask` as in `causal_lm_loss`.
+
+    Raises:
+        ValueError, TypeError: as `causal_lm_loss`; nothing has run.
+    """
+    reason = causal_lm_loss_obstacle(model)
+    if reason is not None:
+        raise ValueError(f"{caller} cannot take the place of this model's own loss: {reason}")
+    for name in _OF_THE_HEAD:
+        if name in inputs:
+            raise TypeError(f"{caller} takes no {name}, which is for the model's own forward")
+    masks: dict[str, Callable[[nn.Module], Tensor | None]] = {
+        "computed": elimination.computed_labels,
+        "selected": elimination.selected_labels,
+    }
+    if isinstance(token_mask, str):
+        if token_mask not in masks:
+            raise ValueError(f'token_mask must be bool [B, T], "computed", "selected" or None, got {token_mask!r}')
+        if token_mask == "selected":
+            selections_of(model)
+        elif not elimination.eliminating_layers(model):
+            raise ValueError("model has no layers that eliminate tokens")
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = decoder(input_ids=input_ids, **inputs).last_hidden_state
+    return hidden, head, masks[token_mask](model) if isinstance(token_mask, str) else token_mask
 
 
 def _call_obstacle(module: nn.Module) -> str | None:

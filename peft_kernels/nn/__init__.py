@@ -8,6 +8,7 @@ from .s2ft_conv1d import S2FTConv1D
 from .sparse_delta import SparseDeltaLinear
 from .swiglu_mlp import SwiGLUMLP
 from .token_elimination import TokenElimination
+from .token_tune import TokenTune
 
 __all__ = [
     "LoRALinear",
@@ -18,4 +19,5 @@ __all__ = [
     "SparseDeltaLinear",
     "SwiGLUMLP",
     "TokenElimination",
+    "TokenTune",
 ]

@@ -150,6 +150,7 @@ def _composition_obstacle(layer: nn.Module) -> str | None:
             y = x + attended
             h = second(y)
             added = mlp(h)
+            some = mlp(h[:, ::3]) if x is states else None
         if not isinstance(added, Tensor):
             return f"its mlp returns a {type(added).__name__}, not a tensor"
         if not attended.any() or not added.any():
@@ -159,7 +160,7 @@ def _composition_obstacle(layer: nn.Module) -> str | None:
                 f"a {type_name(layer)} does not compute x + self_attn(input_layernorm(x)), then x + "
                 f"mlp(post_attention_layernorm(x)){mode}"
             )
-        if x is states and not _agree(mlp(h[:, ::3]), added[:, ::3]):
+        if some is not None and not _agree(some, added[:, ::3]):
             return "its mlp mixes tokens"
     return None
 

@@ -35,10 +35,22 @@ class Kept:
         self.tokens = tokens
         self.counts = counts
         self._gathered: dict[Any, Any] = {}
+        self._others: Kept | None = None
 
     @property
     def filled_up(self) -> bool:
         return self.counts is not None
+
+    @property
+    def others(self) -> Kept:
+        """All other tokens; only where nothing fills up."""
+        if self._others is None:
+            is_other = torch.ones(self.positions.shape[0], self.tokens, dtype=torch.uint8, device=self.positions.device)
+            is_other.scatter_(1, self.positions.long(), 0)
+            order = is_other.argsort(dim=1, descending=True, stable=True)  # how many there are follows from the shape
+            count = self.tokens - self.positions.shape[1]
+            self._others = Kept(order[:, :count].to(torch.int32).contiguous(), self.tokens)
+        return self._others
 
     def attention_mask(self, inputs: Mapping[str, Any], shared: bool) -> Tensor | None:
         """The attention mask for kept tokens; arguments are those of `attention_inputs`."""

@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .asking import TOKENS, random_like, still_is
+from ..reference.token_tune import attention as grouped_attention
+from ..reference.token_tune import heads_first
+from .asking import TOKENS, random_like
 from .kept_tokens import Kept
-from .linear import type_name
+from .linear import replaced_call, type_name
+
+_RECORDS = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True)
@@ -147,17 +151,38 @@ def queries_and_keys(attention: Any, part: AttentionPart, h: Tensor, cos: Tensor
 
 def runs_lean(attention: Any, part: AttentionPart | str, inputs: dict[str, Any]) -> bool:
     """Whether `lean_attention` computes what the module would, in this call."""
+    return lean_obstacle(attention, part, inputs) is None
+
+
+def lean_obstacle(attention: Any, part: AttentionPart | str, inputs: dict[str, Any]) -> str | None:
+    """Why only the module itself can compute what it does, in this call; None when `lean_attention` can."""
+    if isinstance(part, str):
+        return part
+    if type(attention) is not part.kind or _is_watched(attention) or replaced_call(attention) is not None:
+        return "its self_attn has hooks or was replaced"
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation != "sdpa":
+        return f'its attention implementation is {implementation!r}; load the model with attn_implementation="sdpa"'
+    if inputs.get("position_embeddings") is None:
+        return "it gets no position_embeddings"
+    for name in ("past_key_values", "is_causal"):
+        if inputs.get(name) is not None:
+            return f"it gets {name}"
+    if inputs.get("output_attentions"):
+        return "it is to return its attention weights"
     mask = inputs.get("attention_mask")
-    return (
-        isinstance(part, AttentionPart)
-        and still_is(attention, part.kind)
-        and getattr(getattr(attention, "config", None), "_attn_implementation", None) == "sdpa"
-        and inputs.get("position_embeddings") is not None
-        and inputs.get("past_key_values") is None
-        and inputs.get("is_causal") is None
-        and not inputs.get("output_attentions")
-        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
-    )
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
+        return "its attention mask is not [B, heads, T, T]"
+    return None
+
+
+def _is_watched(attention: nn.Module) -> bool:
+    """Whether something sees the module's calls, other than what transformers records attention weights with.
+
+    Its hooks stay when outputs were asked for once, and find no weights here: the kernels that run lean give none.
+    """
+    hooks = [hook for hook in attention._forward_hooks.values() if getattr(hook, "__module__", None) != _RECORDS]
+    return bool(hooks or attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks)
 
 
 def lean_attention(
@@ -181,24 +206,51 @@ def lean_attention(
     Returns:
         `[B, S, H]`.
     """
-    rows = _table_rows(h, tables, kept)
-    q = _rotated(attention, "q", part, h, tables, rows)
-    k = _rotated(attention, "k", part, h, tables, rows)
-    v = heads_of(attention.v_proj(h), part.head_dim).transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
-    if mask is not None and groups > 1:  # there kernels for grouped heads take no mask
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    attended = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=attention.attention_dropout if attention.training else 0.0,
-        is_causal=mask is None,
-        scale=part.scaling,
-        enable_gqa=mask is None and groups > 1,
-    )
+    batch = h.shape[0]
+    q, k, v = (heads_first(rows, batch) for rows in _heads(attention, part, h, tables, kept))
+    dropout_p = attention.attention_dropout if attention.training else 0.0
+    attended = grouped_attention(q, k, v, mask, part.scaling, dropout_p)
     return attention.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def selective_attention(
+    attention: Any,
+    part: AttentionPart,
+    h: Tensor,
+    other_h: Tensor,
+    tables: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    kept: Kept,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all tokens over all tokens, with gradients for kept ones alone; see `ops.selected_attention`.
+
+    Args:
+        attention, part, tables: as in `lean_attention`.
+        h: `[B, S, H]`, normalized, of kept tokens.
+        other_h: `[B, T - S, H]`, of the others.
+        mask: `[B or 1, heads or 1, T, T]` of all tokens, or None for causal attention.
+        kept: which they are.
+
+    Returns:
+        `[B, S, H]` of kept tokens, `[B, T - S, H]` of the others, which has no gradient.
+    """
+    batch, others = h.shape[0], kept.others
+    heads = _heads(attention, part, h, tables, kept)
+    with torch.no_grad():
+        other_heads = _heads(attention, part, other_h, tables, others)
+    attended, other = ops.selected_attention(heads, other_heads, kept.rows, others.rows, batch, mask, part.scaling)
+    with torch.no_grad():
+        other = attention.o_proj(other.unflatten(0, (batch, -1)))
+    return attention.o_proj(attended.unflatten(0, (batch, -1))), other
+
+
+def _heads(
+    attention: Any, part: AttentionPart, h: Tensor, tables: tuple[Tensor, Tensor], kept: Kept | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[B * S, heads, D]` of h, rotated."""
+    rows = _table_rows(h, tables, kept)
+    q, k = (_rotated(attention, name, part, h, tables, rows) for name in ("q", "k"))
+    return q, k, heads_of(attention.v_proj(h), part.head_dim).flatten(0, 1)
 
 
 def _table_rows(h: Tensor, tables: tuple[Tensor, Tensor], kept: Kept | None) -> Tensor | None:
@@ -218,10 +270,8 @@ def _rotated(
     tables: tuple[Tensor, Tensor],
     rows: Tensor | None,
 ) -> Tensor:
-    """Queries or keys `[B, heads, S, D]`, rotated at the positions that they have among all tokens."""
-    batch, tokens = h.shape[:2]
+    """Queries or keys `[B * S, heads, D]`, rotated at the positions that they have among all tokens."""
     heads = heads_of(getattr(attention, f"{name}_proj")(h), part.head_dim)
     if part.norms:
         heads = getattr(attention, f"{name}_norm")(heads)
-    rotated = ops.rope_rows(heads.flatten(0, 1), tables[0].flatten(0, 1), tables[1].flatten(0, 1), rows)
-    return rotated.view(batch, tokens, -1, part.head_dim).transpose(1, 2)
+    return ops.rope_rows(heads.flatten(0, 1), tables[0].flatten(0, 1), tables[1].flatten(0, 1), rows)

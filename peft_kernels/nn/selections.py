@@ -51,9 +51,9 @@ class EliminationOptions:
 
 
 @torch.compiler.assume_constant_result
-def _warn_while_compiling(reason: str) -> int:
+def _warn_while_compiling(method: str, reason: str) -> int:
     """Warns once per graph: the compiler calls it while it traces, and keeps what it returns."""
-    warnings.warn(f"token elimination of a compiled layer does nothing: {reason}", stacklevel=2)
+    warnings.warn(f"{method} of a compiled layer does nothing: {reason}", stacklevel=2)
     return 0
 
 
@@ -72,6 +72,10 @@ class Selections:
     Args:
         select_every: so many layers in a row share a selection.
         seed: of random scores; None draws from torch's generator of the device.
+
+    Attributes:
+        suspended: whether layers compute for all tokens at present, as in evaluation.
+        latest: what `remember` was given last.
     """
 
     def __init__(self, select_every: int = 1, seed: int | None = None) -> None:
@@ -79,13 +83,14 @@ class Selections:
         self.seed = seed
         self.given = token_scores.GivenScores()
         self.suspended = False
+        self.latest: Kept | None = None
         self._generators: dict[str, torch.Generator] = {}
         self._by_call: Any = WeakIdKeyDictionary()
         self._compiled: dict[Any, tuple[int, Kept]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         generators = {device: generator.get_state() for device, generator in self._generators.items()}
-        return {**self.__dict__, "_by_call": None, "_compiled": {}, "_generators": generators}
+        return {**self.__dict__, "_by_call": None, "_compiled": {}, "latest": None, "_generators": generators}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,7 +108,14 @@ class Selections:
             self._generators[name] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[name]
 
-    def find_or_make(self, call: Tensor | None, key: Any, index: int, make: Callable[[], Kept]) -> Kept:
+    def remember(self, kept: Kept | None) -> None:
+        """Keeps a call's selection for whoever asks afterwards; one that backward needs again is not the latest."""
+        if not _recomputing():
+            self.latest = kept
+
+    def find_or_make(
+        self, call: Tensor | None, key: Any, index: int, make: Callable[[], Kept], draws: bool = False
+    ) -> Kept:
         """The selection of a layer in a call.
 
         Args:
@@ -111,6 +123,7 @@ class Selections:
             key: of the layers that share it.
             index: of the layer. The one that made a selection makes it anew in every forward, whatever is there.
             make: makes one.
+            draws: whether that draws from torch's generator.
         """
         if torch.compiler.is_compiling() or call is None:
             if self.select_every == 1:
@@ -122,6 +135,8 @@ class Selections:
                 known = self._by_call[call] = {}
         if key not in known or (known[key][0] == index and not _recomputing()):
             known[key] = (index, make())
+        elif known[key][0] == index and draws:
+            make()  # so that what the layer draws behind it is what its forward drew
         return known[key][1]
 
 
@@ -137,11 +152,12 @@ class LayerElimination:
         index: its number among the model's decoder layers.
         arguments: names of its class's arguments behind the hidden states.
         predictor: for score="predictor".
+        method: what it does with selected tokens, for messages.
         calls: calls in training that computed for some tokens alone.
         tokens, kept_tokens: of those calls, before and after; a tensor where only the device knows.
         dense_calls: calls in training that were for all tokens though they should not have been, by reason.
-        latest: of the latest call in training that was not a recomputation: `(B, T)`, and the rows that it computed,
-            int32 with negative ones for none; None for all of them.
+        latest: of the latest call that was not a recomputation: `(B, T)`, and the rows that it computed, int32 with
+            negative ones for none; None for all of them.
     """
 
     options: EliminationOptions
@@ -151,6 +167,7 @@ class LayerElimination:
     index: int
     arguments: tuple[str, ...]
     predictor: Callable[[Tensor], Tensor] | None = None
+    method: str = "token elimination"
     calls: int = 0
     tokens: int = 0
     kept_tokens: int | Tensor = 0
@@ -164,13 +181,13 @@ class LayerElimination:
     def note_dense(self, reason: str) -> None:
         """Counts a call that was for all tokens, and warns when it is the first one with this reason."""
         if torch.compiler.is_compiling():
-            _warn_while_compiling(reason)
+            _warn_while_compiling(self.method, reason)
             return
         if _recomputing():
             return
         self.dense_calls[reason] += 1
         if self.dense_calls[reason] == 1:
-            warnings.warn(f"token elimination of layer {self.index} does nothing: {reason}", stacklevel=4)
+            warnings.warn(f"{self.method} of layer {self.index} does nothing: {reason}", stacklevel=4)
 
     def note_call(self, tokens: int, kept: int | Tensor) -> None:
         """Counts a call; under torch.compile calls are not counted."""
@@ -215,6 +232,7 @@ class LayerElimination:
             (self.leader, options.keep, options.threshold, options.block_size),
             self.index,
             lambda: self._make(layer, x, inputs, call),
+            options.score == "random" and self.selections.seed is None,
         )
         self.note_call(x.shape[:2].numel(), kept.positions.numel() if kept.counts is None else kept.counts.sum())
         return kept

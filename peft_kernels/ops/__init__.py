@@ -5,6 +5,7 @@ from .cross_entropy import linear_cross_entropy
 from .lora import lora_linear, lora_merged_weight
 from .s2ft import check_channels, s2ft_linear
 from .s2ft_swiglu import swiglu, swiglu_s2ft
+from .selective_loss import select_excess_tokens, selective_cross_entropy
 from .sparse_delta import check_indices, quantized_sparse_delta_linear, sparse_delta_linear
 from .sparse_delta_parts import attach_delta, reordered
 from .sparse_selection import (
@@ -19,6 +20,7 @@ from .sparse_selection import (
 from .token_elimination import gather_rows, rope_rows, scatter_add_rows, split_rms_norm
 from .token_linear import gather_linear_scatter
 from .token_selection import block_scores, flat_rows, kept_tokens, select_tokens
+from .token_tune import merge_rows, selected_attention
 
 __all__ = [
     "attach_delta",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lora_merged_weight",
+    "merge_rows",
     "outer_product_topk",
     "quantized_sparse_delta_linear",
     "recompute",
@@ -41,7 +44,10 @@ __all__ = [
     "rope_rows",
     "s2ft_linear",
     "scatter_add_rows",
+    "select_excess_tokens",
     "select_tokens",
+    "selected_attention",
+    "selective_cross_entropy",
     "sorted_contains",
     "sorted_difference",
     "sorted_intersection",

@@ -1,8 +1,8 @@
 """The cross entropy of a language model's last layer without all of its logits: formed in chunks of rows.
 
-A chunk's logits become their own gradient in place and are multiplied on at once, so that backward only scales. The
-formula is in `peft_kernels/reference/cross_entropy.py`; this file holds the checks, the fake kernel, the autograd
-Function and the registration. On a GPU nothing here waits for the device.
+The formula is in `peft_kernels/reference/cross_entropy.py`, the pass over the chunks with the autograd Function in
+`cross_entropy_chunks.py`, which labels count in `counted_labels.py`; this file holds the checks, the fake kernel and
+the registration. On a GPU nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference import cross_entropy as reference
 from ..reference.lora import accumulation_dtype, as_rows
 from ._autocast import autocast_dtype
 from ._register import register_operator
+from .counted_labels import Counted, counted_labels
+from .cross_entropy_chunks import Chunks, LinearCrossEntropyFunction
 from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
@@ -38,143 +39,6 @@ register_operator(
 )
 
 
-class _Chunks:
-    """One pass over the rows with a label: losses, and the gradients of their sum that are wanted."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk_size: int,
-        softcap: float | None,
-        needs: tuple[bool, bool, bool],
-        backend: str | None,
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.softcap, self.needs = hidden, weight, bias, softcap, needs
-        self.kernel = backends.kernel("cross_entropy_rows_", hidden.device.type, hidden.dtype, backend)
-        self.rows = _labeled_rows(targets)
-        self.targets = targets if self.rows is None else targets.index_select(0, self.rows)
-        count = self.targets.shape[0]
-        self.parts = -(-count // chunk_size)
-        self.step = -(-count // self.parts) if self.parts else 0  # chunks of one size, but for the last
-        # Memory that is used again need not be cleared by the system again; a compiler plans memory itself.
-        self.reused = not torch.compiler.is_compiling()
-        self.buffer = hidden.new_empty(self.step, weight.shape[0]) if self.reused else None
-        wide = accumulation_dtype(hidden.dtype)
-        losses = [] if self.parts else [hidden.new_zeros(0, dtype=wide)]
-        self.grad_hidden = hidden.new_empty(count, hidden.shape[1]) if needs[0] else None
-        self.grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
-        self.grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if needs[2] else None
-        for part in range(self.parts):
-            losses.append(self._chunk(part * self.step, min(count, (part + 1) * self.step)))
-        self.losses = losses[0] if len(losses) == 1 else torch.cat(losses)
-        self.buffer = None
-
-    def _chunk(self, begin: int, end: int) -> Tensor:
-        hidden = self.hidden[begin:end]
-        if self.rows is not None:
-            hidden = self.hidden.index_select(0, self.rows[begin:end])
-        logits = self._logits(hidden)
-        capped = None
-        if self.softcap is not None:
-            capped = logits.div_(self.softcap).tanh_()
-            logits = capped * self.softcap
-        losses: Tensor = self.kernel(logits, self.targets[begin:end], 1.0 if any(self.needs) else 0.0)
-        if capped is not None and any(self.needs):
-            logits.mul_(capped.square_().neg_().add_(1.0))
-        if self.grad_hidden is not None:
-            self._multiply(logits, self.weight, self.grad_hidden[begin:end])
-        if self.grad_weight is not None:
-            self._add_weight_gradient(logits, hidden)
-        if self.grad_bias is not None:
-            self.grad_bias.add_(logits.sum(0, dtype=self.grad_bias.dtype))
-        return losses
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if self.buffer is None:
-            return F.linear(hidden, self.weight, self.bias)
-        logits = self.buffer[: hidden.shape[0]]
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=logits)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
-
-    def _multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        if self.reused:
-            torch.mm(left, right, out=out)
-        else:
-            out.copy_(left @ right)
-
-    def _add_weight_gradient(self, grad: Tensor, hidden: Tensor) -> None:
-        assert self.grad_weight is not None
-        if self.grad_weight.dtype == grad.dtype:
-            self.grad_weight.addmm_(grad.t(), hidden)
-        else:
-            self.grad_weight.add_(grad.t() @ hidden)
-
-
-def _host_reads(tensor: Tensor) -> bool:
-    """Whether the host can look at the tensor at no cost."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms_active()
-
-
-def _labeled_rows(targets: Tensor) -> Tensor | None:
-    """The rows that have a label, where the host may ask at no cost and some have none; else None, for all rows."""
-    if not _host_reads(targets):
-        return None
-    rows = (targets >= 0).nonzero().flatten()
-    return None if rows.shape[0] == targets.shape[0] else rows
-
-
-class LinearCrossEntropyFunction(torch.autograd.Function):
-    """Forward and backward of `linear_cross_entropy`: the losses of the rows, or their sum.
-
-    Saved for backward: the gradient of hidden, `[S, H]` of the S rows that were computed, and which rows these are;
-    those of weight and bias if they train.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk_size: int,
-        softcap: float | None,
-        summed: bool,
-        backend: str | None,
-    ) -> Tensor:
-        needs = ctx.needs_input_grad[:3]
-        chunks = _Chunks(hidden, weight, bias, targets, chunk_size, softcap, needs, backend)
-        grad_weight = None if chunks.grad_weight is None else chunks.grad_weight.to(weight.dtype)
-        grad_bias = None if chunks.grad_bias is None or bias is None else chunks.grad_bias.to(bias.dtype)
-        ctx.save_for_backward(chunks.grad_hidden, chunks.rows, grad_weight, grad_bias)
-        ctx.shape, ctx.summed = hidden.shape, summed
-        return chunks.losses.sum() if summed else _at_rows(chunks.losses, chunks.rows, hidden.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        grad_hidden, rows, grad_weight, grad_bias = ctx.saved_tensors
-        if grad_hidden is not None:
-            if ctx.summed:
-                grad_hidden = grad_hidden * grad
-            else:
-                factors = grad if rows is None else grad.index_select(0, rows)
-                grad_hidden = (grad_hidden * factors[:, None]).to(grad_hidden.dtype)
-            grad_hidden = _at_rows(grad_hidden, rows, ctx.shape[0])
-        grad_weight = None if grad_weight is None else grad_weight * grad
-        grad_bias = None if grad_bias is None else grad_bias * grad
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _at_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """values at rows of a tensor of `count` rows of zeros."""
-    return values if rows is None else values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -186,6 +50,8 @@ def linear_cross_entropy(
     num_items_in_batch: int | Tensor | None = None,
     shift: bool = False,
     token_mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    max_tokens: int | None = None,
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -206,17 +72,21 @@ def linear_cross_entropy(
         num_items_in_batch: what `"mean"` divides by in place of the count, a number or a tensor: transformers' sum over
             the tokens of all accumulated batches.
         shift: hidden at token t predicts the label at t + 1, as in causal language models; hidden is not copied.
-        token_mask: bool with labels' shape: only labels where it is true count (Rho-1's loss on selected tokens).
+        token_mask: bool with labels' shape: only labels where it is true count.
+        token_weights: floating, with labels' shape: factors of the labels' losses, without a gradient. `"mean"` divides
+            by the sum of those that count, as torch does with weights of classes. A label of weight 0 does not count.
+        max_tokens: at most so many labels count, where the caller knows: on a GPU and under `torch.compile` so many
+            rows are in the products instead of all. More labels than that raise.
         logit_softcap: c of logits `c tanh(logits / c)`, or None. Takes the memory of a second chunk.
         chunk_size: rows per chunk; None takes as many as have 64 MiB of logits, or 256 MiB on a GPU.
 
     Returns:
-        A scalar, or with `"none"` a loss per label (zero where it does not count; with shift, at t the loss of label
-        t + 1), in float32, or float64 for float64. Under autocast hidden, weight and bias are cast first.
+        A scalar, or with `"none"` a loss per label, at the label's place (zero where it does not count; so with shift
+        at the first), in float32, or float64 for float64. Under autocast hidden, weight and bias are cast first.
 
-    Saved for backward: hidden's gradient, as many bytes as hidden, and the gradients of weight and bias if they train.
-    In 16 bits gradients are rounded once before they are scaled and once after; that of weight is a float32 sum of the
-    chunks' products, which are rounded each.
+    Saved for backward: hidden's gradient, as many bytes as the rows that were computed, and the gradients of weight and
+    bias if they train. In 16 bits gradients are rounded once before they are scaled and once after; that of weight is a
+    float32 sum of the chunks' products, which are rounded each.
 
     Raises:
         ValueError, TypeError: an argument's value, shape, dtype or device is off; nothing has run. On a GPU a label out
@@ -241,70 +111,67 @@ def linear_cross_entropy(
                 num_items_in_batch=num_items_in_batch,
                 shift=shift,
                 token_mask=token_mask,
+                token_weights=token_weights,
+                max_tokens=max_tokens,
                 logit_softcap=logit_softcap,
                 chunk_size=chunk_size,
             )
-    _check_tensors(hidden, weight, labels, bias, token_mask)
-    _check_options(reduction, num_items_in_batch, logit_softcap, chunk_size)
-    trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if reduction == "none" and trains:
-        raise ValueError(
-            'linear_cross_entropy: reduction "none" has no gradient for weight and bias, which ask for one'
-        )
-    if shift and labels.shape[-1] > 0:
-        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        token_mask = None if token_mask is None else F.pad(token_mask[..., 1:], (0, 1), value=False)
-    targets = _targets(labels, token_mask, weight.shape[0], ignore_index)
+    _check_tensors(hidden, weight, labels, bias, token_mask, token_weights)
+    _check_options(reduction, num_items_in_batch, max_tokens, logit_softcap, chunk_size)
+    _check_gradients(reduction, weight, bias, token_weights)
+    counted = counted_labels(
+        labels,
+        token_mask,
+        token_weights,
+        vocabulary=weight.shape[0],
+        ignore_index=ignore_index,
+        shift=shift,
+        max_tokens=max_tokens,
+        dtype=hidden.dtype,
+    )
     if chunk_size is None:
         row_bytes = weight.shape[0] * weight.element_size()
         chunk_size = max(1, LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"]) // row_bytes)
-    rows, summed = as_rows(hidden), reduction != "none"
-    losses = _losses(rows, weight, bias, targets, chunk_size, logit_softcap, summed)
-    if not summed:
-        return losses.view(labels.shape)
+    losses = _losses(as_rows(hidden), weight, bias, counted, chunk_size, logit_softcap, reduction != "none")
+    if reduction == "none":
+        losses = losses.view(labels.shape)
+        return F.pad(losses[..., :-1], (1, 0)) if shift and labels.shape[-1] > 0 else losses
     if reduction == "sum":
         return losses
-    return losses / ((targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
+    if num_items_in_batch is None:
+        num_items_in_batch = (counted.targets >= 0).sum() if counted.weights is None else counted.weights.sum()
+    return losses / num_items_in_batch
 
 
 def _losses(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
+    counted: Counted,
     chunk_size: int,
     softcap: float | None,
     summed: bool,
 ) -> Tensor:
     if _transforms_active():
-        losses = reference.linear_cross_entropy(hidden, weight, bias, targets, softcap)
+        losses = reference.linear_cross_entropy(hidden, weight, bias, counted.targets, softcap)
+        losses = losses if counted.weights is None else losses * counted.weights
         return losses.sum() if summed else losses
     backend = backends.forced_backend()
     if not torch.is_grad_enabled():
-        chunks = _Chunks(hidden, weight, bias, targets, chunk_size, softcap, (False, False, False), backend)
-        return chunks.losses.sum() if summed else _at_rows(chunks.losses, chunks.rows, hidden.shape[0])
+        needs = (False, False, False)
+        return Chunks(hidden, weight, bias, counted, chunk_size, softcap, needs, backend).result(summed)
     return LinearCrossEntropyFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden, weight, bias, targets, chunk_size, softcap, summed, backend
+        hidden, weight, bias, counted.targets, counted.rows, counted.weights, chunk_size, softcap, summed, backend
     )
 
 
-def _targets(labels: Tensor, token_mask: Tensor | None, vocabulary: int, ignore_index: int) -> Tensor:
-    """The labels of the rows, `[M]`, negative where there is none."""
-    counted = labels != ignore_index
-    wrong = counted & ((labels < 0) | (labels >= vocabulary))
-    expected = f"linear_cross_entropy: labels must be in [0, {vocabulary}) or {ignore_index}"
-    if _host_reads(labels):
-        if bool(wrong.any()):
-            raise ValueError(f"{expected}, got {int(labels[wrong][0])}")
-    else:
-        torch._assert_async(~wrong.any(), expected)
-    if token_mask is not None:
-        counted = counted & token_mask
-    return torch.where(counted, labels, -1).flatten()
-
-
 def _check_tensors(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, token_mask: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    token_mask: Tensor | None,
+    token_weights: Tensor | None,
 ) -> None:
     op = "linear_cross_entropy"
     if hidden.dim() < 1 or hidden.dtype not in _FLOATING:
@@ -314,18 +181,20 @@ def _check_tensors(
     features = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must be [V >= 1, {features}], got {_describe(weight)}")
-    others: dict[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = {
-        "weight": (weight, hidden.dtype, tuple(weight.shape)),
-        "bias": (bias, hidden.dtype, (weight.shape[0],)),
-        "labels": (labels, torch.int64, tuple(hidden.shape[:-1])),
-        "token_mask": (token_mask, torch.bool, tuple(hidden.shape[:-1])),
+    tokens = tuple(hidden.shape[:-1])
+    others: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...], tuple[int, ...]]] = {
+        "weight": (weight, (hidden.dtype,), tuple(weight.shape)),
+        "bias": (bias, (hidden.dtype,), (weight.shape[0],)),
+        "labels": (labels, (torch.int64,), tokens),
+        "token_mask": (token_mask, (torch.bool,), tokens),
+        "token_weights": (token_weights, _FLOATING, tokens),
     }
-    for name, (tensor, dtype, shape) in others.items():
+    for name, (tensor, dtypes, shape) in others.items():
         if tensor is None:
             continue
-        if tensor.dtype != dtype:
-            name_of = str(dtype).removeprefix("torch.")
-            raise TypeError(f"{op}: {name} must be {name_of}, got {_describe(tensor)}")
+        if tensor.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(f"{op}: {name} must be {names}, got {_describe(tensor)}")
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {list(shape)}, got {_describe(tensor)}")
         if tensor.device != hidden.device:
@@ -333,14 +202,30 @@ def _check_tensors(
 
 
 def _check_options(
-    reduction: str, num_items_in_batch: int | Tensor | None, logit_softcap: float | None, chunk_size: int | None
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+    max_tokens: int | None,
+    logit_softcap: float | None,
+    chunk_size: int | None,
 ) -> None:
     op = "linear_cross_entropy"
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if num_items_in_batch is not None and reduction != "mean":
         raise ValueError(f'{op}: num_items_in_batch is for reduction "mean", got it with {reduction!r}')
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"{op}: max_tokens must not be negative, got {max_tokens}")
     if logit_softcap is not None and not logit_softcap > 0.0:
         raise ValueError(f"{op}: logit_softcap must be positive, got {logit_softcap}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be at least 1 row, got {chunk_size}")
+
+
+def _check_gradients(reduction: str, weight: Tensor, bias: Tensor | None, token_weights: Tensor | None) -> None:
+    op = "linear_cross_entropy"
+    if not torch.is_grad_enabled():
+        return
+    if reduction == "none" and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(f'{op}: reduction "none" has no gradient for weight and bias, which ask for one')
+    if token_weights is not None and token_weights.requires_grad:
+        raise ValueError(f"{op}: token_weights have no gradient, but ask for one; give token_weights.detach()")

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..nn import SparseDeltaLinear
 from ..nn.s2ft_layer import S2FTLayer
 from ..reselection import Reselector
 from ..schedules import Schedule
+from .selective_loss import SelectiveLoss
 from .settings import Settings
 
 OURS = "peft-kernels"
@@ -58,8 +59,9 @@ class Arm:
         schedule: what decides which parameters train when, or None.
         chunked_loss: whether the loss is formed without all logits, by `causal_lm_loss`.
         whole_logits: why it is not, where it was to be.
-        least_computed: leaves tokens out of the training loss that few layers computed; see
-            `elimination.computed_labels`. None counts all.
+        token_mask: which tokens count in the training loss, those that layers "computed" or that were "selected" for
+            gradients; None counts all.
+        selective_loss: what it trains on in place of the loss of all tokens, or None.
     """
 
     name: str
@@ -71,7 +73,8 @@ class Arm:
     schedule: Schedule | None = None
     chunked_loss: bool = False
     whole_logits: str | None = None
-    least_computed: float | None = None
+    token_mask: Literal["computed", "selected"] | None = None
+    selective_loss: SelectiveLoss | None = None
 
     def losses(self) -> list[float]:
         """The loss of every step so far."""
@@ -170,19 +173,27 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def loss_of(arm: Arm, batch: Tensor) -> Tensor:
+    """The loss of `batch` int64 `[B, seq_len]` that the arm trains on; in evaluation that of all its tokens."""
+    if arm.selective_loss is not None:
+        return arm.selective_loss(arm.model, batch, arm.token_mask)
+    return cross_entropy(arm, batch)
+
+
+def cross_entropy(arm: Arm, batch: Tensor) -> Tensor:
     """Mean next-token cross-entropy of `batch` int64 `[B, seq_len]`, as the model itself defines it.
 
-    In training it is of the tokens alone that `Arm.least_computed` leaves in.
+    In training it is over the labels that `Arm.token_mask` leaves in.
     """
-    least = arm.least_computed if arm.model.training else None
     if arm.chunked_loss:
-        return pk.causal_lm_loss(arm.model, batch, batch, least_computed=least)
-    if least is None:
+        return pk.causal_lm_loss(arm.model, batch, batch, token_mask=arm.token_mask)
+    if arm.token_mask is None:
         return arm.model(input_ids=batch, labels=batch).loss
     model: Any = arm.model
     logits = model(input_ids=batch).logits
-    labels = pk.elimination.computed_labels(model, batch, least)
-    return model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+    of = pk.elimination.computed_labels if arm.token_mask == "computed" else pk.elimination.selected_labels
+    counted = of(model)
+    labels = batch if counted is None else batch.masked_fill(~counted, -100)
+    return model.loss_function(logits, labels, model.config.vocab_size)  # type: ignore[no-any-return]
 
 
 def held_out_loss(arm: Arm, blocks: Tensor, batch_size: int, device: torch.device) -> float | None:
@@ -193,6 +204,6 @@ def held_out_loss(arm: Arm, blocks: Tensor, batch_size: int, device: torch.devic
     total = 0.0
     with torch.no_grad():
         for batch in blocks.split(batch_size):
-            total += loss_of(arm, batch.to(device).long()).item() * len(batch)
+            total += cross_entropy(arm, batch.to(device).long()).item() * len(batch)
     arm.model.train()
     return total / len(blocks)

@@ -30,6 +30,7 @@ from .plots import draw_plots
 from .progress import TrainingDisplay, status
 from .report import RunResult, print_results, write_html, write_metrics
 from .sample import continuation, default_prompt
+from .selective_loss import load_reference
 from .settings import Settings, resumed, started
 from .whole_model import write_model
 
@@ -184,7 +185,8 @@ def _prepare(settings: Settings, output: Path, console: Console, state: checkpoi
     def batches(count: int) -> Iterator[Tensor]:
         return (stream.batch(index, settings.batch_size).to(device) for index in range(count))
 
-    arms, adapter_report = build_arms(base.model, settings, batches, channels)
+    reference = load_reference(settings, base, device)
+    arms, adapter_report = build_arms(base.model, settings, batches, channels, reference)
     console.print(adapter_report.splitlines()[0], highlight=False, markup=False)
     prompt = settings.prompt or default_prompt(settings.data, stream, base.tokenizer)
     this = _Run(settings, output, console, device, base, stream, arms, adapter_report, prompt, {})
@@ -236,7 +238,7 @@ def _train(this: _Run, stop: StopRequest) -> None:
 def _finish(this: _Run) -> None:
     settings = this.settings
     adapter_report, token_report = _report_of_ours(this), None
-    if settings.token_elimination is not None:
+    if settings.selects_tokens:
         token_report = pk.elimination.report(this.arms[0].model)
     for arm in this.arms:
         if arm.reselector is not None:

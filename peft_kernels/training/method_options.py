@@ -49,12 +49,15 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "adapter_dtype": ADAPTERS,
     "target_modules": ADAPTERS,
     "token_elimination": ADAPTERS,
+    "token_tune": ADAPTERS,
     "token_score": ADAPTERS,
     "token_block_size": ADAPTERS,
     "token_select_every": ADAPTERS,
     "token_layers": ADAPTERS,
     "token_loss": ADAPTERS,
     "chunked_loss": ADAPTERS,
+    "loss_ratio": ADAPTERS,
+    "reference_model": ADAPTERS,
 }
 """Options that mean nothing to other methods, and must keep their defaults there."""
 
@@ -88,6 +91,8 @@ def filled_in(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     defaults = dict(DEFAULTS.get(method, {}))
     if given.get("ratio") is not None:
         defaults.pop("ratios", None)  # one says what the other says
+    if given.get("token_tune") is not None:
+        defaults["token_score"] = "random"
     return {**defaults, **given}
 
 
@@ -128,7 +133,12 @@ def check(settings: Settings) -> None:
     methods = _METHODS_OF_COMPARISON.get(settings.compare, METHODS)
     if method not in methods:
         raise UserError(f"--compare {settings.compare} goes with --method {_either(methods)}; this run has {method}")
-    _check_token_elimination(settings)
+    _check_selected_tokens(settings)
+    _check_loss_ratio(settings)
+    if settings.compare == "dense" and not settings.selects_tokens and settings.loss_ratio is None:
+        raise UserError(
+            "--compare dense needs --token-elimination, --token-tune or --loss-ratio; without them the run is dense itself"
+        )
     selections = SELECTIONS.get(method)
     if selections is not None and settings.selection not in selections:
         raise UserError(
@@ -147,17 +157,34 @@ def _either(methods: Collection[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _check_token_elimination(settings: Settings) -> None:
-    keep = settings.token_elimination
+def _check_selected_tokens(settings: Settings) -> None:
+    keep, ratio = settings.token_elimination, settings.token_tune
+    if keep is not None and ratio is not None:
+        raise UserError("--token-elimination and --token-tune say both what becomes of a token; give one of them")
+    needed = {}
     if keep is None:
-        for name in ("token_score", "token_block_size", "token_select_every", "token_layers", "token_loss"):
-            if getattr(settings, name) != getattr(type(settings), name):
-                raise UserError(f"{option(name)} needs --token-elimination, which says how much is kept")
-        if settings.compare == "dense":
-            raise UserError("--compare dense needs --token-elimination; without it the run is dense itself")
-    elif not 0.0 < keep <= 1.0:
-        raise UserError(f"--token-elimination must be in (0, 1], got {keep}")
+        needed = dict.fromkeys(("token_block_size", "token_select_every", "token_loss"), "--token-elimination")
+        if ratio is None:
+            needed |= dict.fromkeys(("token_score", "token_layers"), "--token-elimination or --token-tune")
+    for name, by in needed.items():
+        if getattr(settings, name) != getattr(type(settings), name):
+            raise UserError(f"{option(name)} needs {by}, which says how much is kept")
+    for name, share in (("token_elimination", keep), ("token_tune", ratio)):
+        if share is not None and not 0.0 < share <= 1.0:
+            raise UserError(f"{option(name)} must be in (0, 1], got {share}")
     settings.token_layer_indices()
+
+
+def _check_loss_ratio(settings: Settings) -> None:
+    ratio = settings.loss_ratio
+    if ratio is None:
+        if settings.reference_model is not None:
+            raise UserError("--reference-model needs --loss-ratio, which says of how many tokens the loss is taken")
+        return
+    if not 0.0 < ratio <= 1.0:
+        raise UserError(f"--loss-ratio must be in (0, 1], got {ratio}")
+    if settings.chunked_loss is False:
+        raise UserError("--loss-ratio forms the loss without all logits; leave --no-chunked-loss out")
 
 
 def _check_sparse_delta(settings: Settings) -> None:

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..channels import Slice
 from . import lora_arms, s2ft_arms, schedule_arms, sparse_delta_arms, token_arms
 from .arms import DENSE, Arm, copy_sharing_parameters, full_arm
 from .errors import UserError
+from .selective_loss import selective_loss
 from .settings import Settings
 
 
@@ -20,12 +21,14 @@ def build_arms(
     settings: Settings,
     batches: Callable[[int], Iterable[Tensor]],
     channels: Mapping[str, Slice] | None = None,
+    reference: nn.Module | None = None,
 ) -> tuple[list[Arm], str]:
     """Turns the base model into the arms that `settings` ask for, ours first; weights that stay frozen are shared.
 
     Args:
         batches: the first batches of the training data, int64 `[B, seq_len]`, as many as it is called with.
         channels: of a run that is continued, which channels train by path; None chooses them.
+        reference: what `--loss-ratio` compares losses with; None for the base model as it is now.
 
     Returns:
         The arms, and a report of what trains in ours.
@@ -37,20 +40,24 @@ def build_arms(
     model.config.use_cache = False
     whole = copy.deepcopy(model) if settings.compare == "full" else None
     twin = _twin(model, settings) if settings.compare == "dense" else None
+    if settings.loss_ratio is not None and reference is None:
+        reference = _twin(model, settings)
     try:
         arms, report = _build(model, settings, batches, channels)
         if twin is not None:
             (dense,), _ = _build(twin, settings, batches, channels)
             dense.name = DENSE
             arms.append(dense)
-        if settings.token_elimination is not None:
-            token_arms.eliminate(arms[0], settings)
+        if settings.selects_tokens:
+            token_arms.select_tokens(arms[0], settings)
     except (ValueError, TypeError) as error:
         if settings.trains_whole_model:
             raise UserError(f"--method {settings.method} does not fit this model: {error}") from error
         raise UserError(f"the adapter cannot be added to this model: {error}") from error
     if whole is not None:
         arms.append(full_arm(whole, settings))
+    if reference is not None:
+        arms[0].selective_loss = selective_loss(arms[0].model, reference, settings)
     token_arms.choose_losses(arms, settings)
     return arms, report
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..reports import EliminationReport
+from ..reports import EliminationReport, TokenTuneReport
 from . import token_arms
 from .arms import DENSE, Arm
 from .errors import require
@@ -28,7 +28,7 @@ class RunResult:
     Attributes:
         environment: versions and device, see `info.versions`.
         adapter_report: what `inject` said about the layers it replaced.
-        token_report: what layers that eliminate tokens did in training; None where there are none.
+        token_report: what layers that select tokens did in training; None where there are none.
         before, after: `sample` (continuation of `prompt`) and `held_out_loss` around training.
         curve_difference: largest relative difference of the arms' losses; None for a single arm, or where the arms
             train different things.
@@ -40,7 +40,7 @@ class RunResult:
     corpus: str
     environment: dict[str, str]
     adapter_report: str
-    token_report: EliminationReport | None
+    token_report: EliminationReport | TokenTuneReport | None
     arms: list[Arm]
     summaries: list[ArmSummary]
     memory_measure: str
@@ -72,7 +72,7 @@ def write_metrics(result: RunResult, path: Path) -> None:
             for arm, summary in zip(result.arms, result.summaries, strict=True)
         },
         "memory_measure": result.memory_measure,
-        "token_elimination": None if result.token_report is None else token_arms.as_record(result.token_report),
+        **_token_records(result),
         "chunked_loss": {arm.name: arm.chunked_loss for arm in result.arms},
         "largest_relative_loss_difference": result.curve_difference,
         "held_out_loss_of_written_adapter_in_peft": result.peft_check,
@@ -130,7 +130,14 @@ def notes(result: RunResult) -> list[str]:
         "Optimizer state: the most that was held after a step.",
         "Final training loss: mean of the last 10 steps. Held-out loss: blocks of the corpus that are not trained on.",
     ]
-    sentences += _of_token_elimination(result)
+    sentences += _of_selected_tokens(result)
+    if result.settings.loss_ratio is not None:
+        reference = result.settings.reference_model or "the base model"
+        sentences.append(
+            f"peft-kernels trains on the {result.settings.loss_ratio:.0%} of each batch's tokens whose loss exceeds "
+            f"that of {reference} most; its training loss is theirs, and its step times include the pass through "
+            f"{reference}. Held-out loss is of all tokens."
+        )
     if len(result.arms) > 1:
         sentences.insert(0, _how_compared(result))
     if result.settings.dtype == "bfloat16" and (
@@ -155,22 +162,32 @@ def notes(result: RunResult) -> list[str]:
     return sentences
 
 
-def _of_token_elimination(result: RunResult) -> list[str]:
+def _token_records(result: RunResult) -> dict[str, Any]:
+    """What became of tokens, by the option that said so; None for an option that was not given."""
+    report = result.token_report
+    record = None if report is None else token_arms.as_record(report)
+    tunes = isinstance(report, TokenTuneReport)
+    return {"token_elimination": None if tunes else record, "token_tune": record if tunes else None}
+
+
+def _of_selected_tokens(result: RunResult) -> list[str]:
     sentences = []
     report = result.token_report
     if report is not None:
         share = token_arms.kept_share(report)
         kept = "no tokens at all" if share is None else f"{share:.1%} of the tokens"
-        sentences.append(
-            f"Token elimination: {len(report.eliminating)} of {len(report.layers)} decoder layers computed for {kept} "
-            "in training. Held-out loss and text samples are of all tokens."
-        )
-        if result.arms[0].least_computed is not None:
+        layers = f"{len(report.selecting)} of {len(report.layers)} decoder layers"
+        if isinstance(report, TokenTuneReport):
+            what = f"TokenTune: {layers} had gradients for {kept} in training, and the loss of a step is over these."
+        else:
+            what = f"Token elimination: {layers} computed for {kept} in training."
+        sentences.append(f"{what} Held-out loss and text samples are of all tokens.")
+        if result.arms[0].token_mask == "computed":
             sentences.append(
                 "Its training loss is of the tokens that layers computed, those that most of them passed by left out; "
                 "it is not to be compared with the loss of an arm that computes all."
             )
-        dense = sum(sum(layer.dense_calls.values()) for layer in report.eliminating)
+        dense = sum(sum(layer.dense_calls.values()) for layer in report.selecting)
         if dense:
             sentences.append(f"{dense} calls of these layers were for all tokens all the same; see their list.")
     chunked = [arm.name for arm in result.arms if arm.chunked_loss]
@@ -186,12 +203,24 @@ def _how_compared(result: RunResult) -> str:
     start = "Both arms ran in one process over the same base weights, "
     if other == DENSE:
         start += "from the same initial adapter, on the same batches, one step each in turn; the other without "
-        start += "eliminating tokens. "
+        start += f"{_without(result.settings)}. "
     elif result.settings.compares_one_function:
         start += "from the same initial adapter, on the same batches, one step each in turn. "
     else:
         start += "on the same batches, one step each in turn. They train different things, so their losses differ. "
     return f"{start}Ratio: peft-kernels over {other}."
+
+
+def _without(settings: Settings) -> str:
+    """What the dense arm does not do."""
+    parts = []
+    if settings.token_elimination is not None:
+        parts.append("eliminating tokens")
+    if settings.token_tune is not None:
+        parts.append("selecting tokens for gradients")
+    if settings.loss_ratio is not None:
+        parts.append("selecting tokens for the loss")
+    return " or ".join(parts)
 
 
 def usage(result: RunResult) -> tuple[str, str]:

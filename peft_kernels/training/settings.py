@@ -85,12 +85,15 @@ class Settings:
     rho: float = 0.5
     target_modules: str = "all-linear"
     token_elimination: float | None = None
+    token_tune: float | None = None
     token_score: str = "attention"
     token_block_size: int = 64
     token_select_every: int = 1
     token_layers: str | None = None
     token_loss: str = "computed"
     chunked_loss: bool | None = None
+    loss_ratio: float | None = None
+    reference_model: str | None = None
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     seq_len: int = 256
@@ -131,6 +134,9 @@ class Settings:
         method_options.check(self)
         if self.token_elimination is not None:
             self._check_kept_tokens(self.token_elimination)
+        ratio = self.token_tune
+        if ratio is not None and ratio < 1.0 and ops.kept_tokens(self.seq_len, ratio, 1) == self.seq_len:
+            raise UserError(f"--token-tune {ratio} of --seq-len {self.seq_len}, rounded up, is all of it")
 
     def _check_kept_tokens(self, keep: float) -> None:
         kept = ops.kept_tokens(self.seq_len, keep, self.token_block_size)
@@ -141,6 +147,11 @@ class Settings:
             )
 
     @property
+    def selects_tokens(self) -> bool:
+        """Whether decoder layers treat some tokens otherwise than the rest."""
+        return self.token_elimination is not None or self.token_tune is not None
+
+    @property
     def trains_whole_model(self) -> bool:
         """Whether the model's own parameters train, and a model is what a run leaves."""
         return self.method in SCHEDULES
@@ -148,12 +159,12 @@ class Settings:
     @property
     def compares_one_function(self) -> bool:
         """Whether both arms compute and train the same, so that their loss curves agree up to rounding."""
-        if self.token_elimination is not None:
+        if self.selects_tokens or self.loss_ratio is not None:
             return False
         return self.compare in ("shira", "paca") or (self.method, self.compare) == ("lora", "peft")
 
     def token_layer_indices(self) -> list[int] | None:
-        """The layers of `--token-layers` as `TokenEliminationConfig` takes them, None for its default.
+        """The layers of `--token-layers` as the configurations take them, None for its default.
 
         Raises:
             UserError: it is not written so.
@@ -189,7 +200,10 @@ class Settings:
             "greentrainer": f"rho = {self.rho:g}, every {self.interval} steps",
         }
         kept = "" if self.token_elimination is None else f", {self.token_elimination:g} of the tokens kept"
-        return f"{self.method}, {text[self.method]}{kept}"
+        if self.token_tune is not None:
+            kept = f", gradients for {self.token_tune:g} of the tokens"
+        learned = "" if self.loss_ratio is None else f", loss on {self.loss_ratio:g} of the tokens"
+        return f"{self.method}, {text[self.method]}{kept}{learned}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -1,4 +1,4 @@
-"""Token elimination and the loss without all logits, for the arms of every adapter."""
+"""Token elimination, TokenTune and the loss without all logits, for the arms of every adapter."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from typing import Any
 
 import peft_kernels as pk
 
-from ..nn.token_elimination import TokenElimination
+from ..nn.selective_layer import SelectiveLayer
 from .arms import DENSE, OURS, Arm
 from .errors import UserError
 from .settings import Settings
 
-LEAST_COMPUTED = 0.5
 
-
-def eliminate(arm: Arm, settings: Settings) -> None:
-    """Has the decoder layers of an arm compute for kept tokens alone in training.
+def select_tokens(arm: Arm, settings: Settings) -> None:
+    """Has the decoder layers of an arm compute for kept tokens alone in training, or differentiate by selected ones.
 
     Raises:
-        ValueError, TypeError: the model has no such layers; see `elimination.eliminate`.
+        ValueError, TypeError: the model has no such layers; see `elimination.eliminate` and `elimination.tune`.
     """
+    if settings.token_tune is not None:
+        tuning = pk.TokenTuneConfig(
+            settings.token_tune,
+            settings.token_layer_indices(),
+            settings.token_score,  # type: ignore[arg-type]
+        )
+        pk.inject(arm.model, tuning)
+        arm.token_mask = "selected"
+        return
     config = pk.TokenEliminationConfig(
         keep_ratio=settings.token_elimination,
         score=settings.token_score,  # type: ignore[arg-type]
@@ -32,18 +39,21 @@ def eliminate(arm: Arm, settings: Settings) -> None:
     )  # without a seed: random scores come from torch's generator, which every step seeds
     pk.inject(arm.model, config)
     if settings.token_loss == "computed":
-        arm.least_computed = LEAST_COMPUTED
+        arm.token_mask = "computed"
 
 
 def choose_losses(arms: list[Arm], settings: Settings) -> None:
     """Has our arms form their loss without all logits, where that is asked for.
 
-    Unasked it is done where tokens are eliminated and the model allows it; `Arm.whole_logits` says why it does not.
+    Unasked it is done where tokens are selected, for layers or for the loss, and the model allows it;
+    `Arm.whole_logits` says why it does not.
 
     Raises:
         UserError: it was asked for by name, and this model does not allow it.
     """
-    wanted = settings.token_elimination is not None if settings.chunked_loss is None else settings.chunked_loss
+    wanted = settings.chunked_loss
+    if wanted is None:
+        wanted = settings.selects_tokens or settings.loss_ratio is not None
     if not wanted:
         return
     from ..integrations.causal_lm import causal_lm_loss_obstacle
@@ -57,12 +67,12 @@ def choose_losses(arms: list[Arm], settings: Settings) -> None:
             raise UserError(f"--chunked-loss does not fit this model: {arm.whole_logits}")
 
 
-def _counted(arm: Arm) -> dict[str, TokenElimination]:
-    return pk.elimination.eliminating_layers(arm.model)
+def _counted(arm: Arm) -> dict[str, SelectiveLayer]:
+    return pk.elimination.selective_layers(arm.model)
 
 
 def counts(arm: Arm) -> dict[str, dict[str, Any]]:
-    """What the layers that eliminate tokens have counted, by path, in plain values."""
+    """What the layers that select tokens have counted, by path, in plain values."""
     return {
         path: {
             "calls": layer.elimination.calls,
@@ -84,15 +94,15 @@ def restore_counts(arm: Arm, counted: Mapping[str, Mapping[str, Any]]) -> None:
         layer.elimination.dense_calls = Counter(saved["dense_calls"])
 
 
-def as_record(report: pk.EliminationReport) -> dict[str, Any]:
-    """A report in plain values, for JSON; `kept_share` is of the tokens of the layers that eliminate some."""
+def as_record(report: pk.EliminationReport | pk.TokenTuneReport) -> dict[str, Any]:
+    """A report in plain values, for JSON; `kept_share` is of the tokens of the layers that select some."""
     return {
         "kept_share": kept_share(report),
         "layers": [asdict(layer) for layer in report.layers],
     }
 
 
-def kept_share(report: pk.EliminationReport) -> float | None:
-    """Of the tokens of the layers that eliminate some, the share that was computed for; None before any call."""
-    tokens = sum(layer.tokens for layer in report.eliminating)
-    return sum(layer.kept_tokens for layer in report.eliminating) / tokens if tokens else None
+def kept_share(report: pk.EliminationReport | pk.TokenTuneReport) -> float | None:
+    """Of the tokens of the layers that select some, the share that was selected; None before any call."""
+    tokens = sum(layer.tokens for layer in report.selecting)
+    return sum(layer.kept_tokens for layer in report.selecting) / tokens if tokens else None

@@ -96,6 +96,23 @@ def test_only_the_tokens_of_a_mask_count(tokens: Tensor) -> None:
     torch.testing.assert_close(other, model(input_ids=tokens, labels=counted).loss)
 
 
+def test_tokens_count_by_their_weights(tokens: Tensor) -> None:
+    model = llama()
+    weights = torch.rand(tokens.shape).masked_fill(torch.rand(tokens.shape) < 0.3, 0.0)
+    logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+    losses = nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    expected = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+    wanted = gradients(model, expected)
+    loss = pk.causal_lm_loss(model, tokens, tokens, token_weights=weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    found = gradients(model, loss)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    summed = pk.causal_lm_loss(model, tokens, tokens, token_weights=weights, num_items_in_batch=5)
+    torch.testing.assert_close(summed, expected * weights[:, 1:].sum() / 5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_in_the_decoder_get_the_gradients_of_the_models_loss(checkpointing: bool, tokens: Tensor) -> None:
     model = llama()

@@ -61,12 +61,12 @@ def test_a_layer_that_keeps_all_computed_every_token():
 def test_labels_of_tokens_that_were_passed_by_do_not_count():
     model, ids = build(), tokens(2, 22)
     eliminated(model, score="random", layers=[0, 1, 2, 3], seed=3)
-    loss = peft_kernels.causal_lm_loss(model, ids, ids, least_computed=0.6)
+    loss = peft_kernels.causal_lm_loss(model, ids, ids, token_mask="computed")
     share = elimination.computed_share(model)
-    labels = elimination.computed_labels(model, ids, 0.6)
+    labels = ids.masked_fill(~elimination.computed_labels(model), -100)
     for sequence in range(2):
         for position in range(1, 22):
-            counts = share[sequence, position - 1] >= 0.6 * share[sequence].max()
+            counts = share[sequence, position - 1] >= 0.5 * share[sequence].max()
             assert labels[sequence, position] == (ids[sequence, position] if counts else -100)
     assert 0 < (labels == -100).sum() < labels.numel()
     found = gradients(model, loss)
@@ -84,27 +84,30 @@ def test_labels_of_tokens_that_were_passed_by_do_not_count():
 def test_some_token_always_counts(keep):
     model, ids = build(), tokens(3, 24)
     eliminated(model, keep_ratio=keep, score="random", layers=[0, 1, 2, 3], seed=0)
-    loss = peft_kernels.causal_lm_loss(model, ids, ids, least_computed=1.0)
-    assert loss.isfinite()
+    model(input_ids=ids)
+    counted = elimination.computed_labels(model, 1.0)
+    assert counted[:, 1:].any(1).all()
 
 
 def test_recomputation_in_backward_changes_nothing():
     model, ids = build(), tokens(2, 22)
     eliminated(model, score="random", layers=[0, 1, 2, 3])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = peft_kernels.causal_lm_loss(model, ids, ids, least_computed=0.5)
+    loss = peft_kernels.causal_lm_loss(model, ids, ids, token_mask="computed")
     before = elimination.computed_share(model)
     loss.backward()
     assert torch.equal(elimination.computed_share(model), before)
 
 
-def test_evaluation_is_no_call_in_training():
+def test_evaluation_computes_all():
     model = build()
     eliminated(model, score="norm")
     model(input_ids=tokens(2, 22))
-    before = elimination.computed_share(model)
-    model.eval()(input_ids=tokens(1, 16))
-    assert torch.equal(elimination.computed_share(model), before)
+    assert elimination.computed_labels(model) is not None
+    ids = tokens(1, 16)
+    loss = peft_kernels.causal_lm_loss(model.eval(), ids, ids, token_mask="computed")
+    assert elimination.computed_labels(model) is None
+    torch.testing.assert_close(loss.float(), model(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=0)
 
 
 def test_a_compiled_layer_remembers_its_call():
@@ -123,15 +126,17 @@ def test_what_cannot_be_said_is_refused():
     model, ids = build(), tokens(2, 22)
     with pytest.raises(ValueError, match="no layers that eliminate tokens"):
         elimination.computed_share(model)
+    with pytest.raises(ValueError, match="no layers that eliminate tokens"):
+        peft_kernels.causal_lm_loss(model, ids, ids, token_mask="computed")
+    with pytest.raises(ValueError, match="token_mask must be bool"):
+        peft_kernels.causal_lm_loss(model, ids, ids, token_mask="all")
     eliminated(model, score="norm")
-    with pytest.raises(RuntimeError, match="must have been called in training"):
+    with pytest.raises(RuntimeError, match="must have been called"):
         elimination.computed_share(model)
     model(input_ids=ids)
     for least in (-0.1, 1.1, True, "half"):
         with pytest.raises(ValueError, match=r"least must be in \[0, 1\]"):
-            elimination.computed_labels(model, ids, least)
-    with pytest.raises(ValueError, match=r"labels must be \[2, 22\]"):
-        elimination.computed_labels(model, ids[:1])
+            elimination.computed_labels(model, least)
     layers = list(elimination.eliminating_layers(model).values())
     layers[0].elimination.latest = ((1, 22), None)
     with pytest.raises(RuntimeError, match="with one batch for all its layers"):

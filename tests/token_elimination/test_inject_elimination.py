@@ -289,7 +289,9 @@ def test_schedules_name_layers_from_both_ends():
     config = TokenEliminationConfig(schedule={-1: 0.25, 1: 0.5})
     assert config.ratios(6) == {1: 0.5, 5: 0.25}
     assert TokenEliminationConfig(schedule=[1.0, 0.5, 0.25]).ratios(3) == {0: 1.0, 1: 0.5, 2: 0.25}
-    listed = TokenEliminationConfig.from_dict(json.loads(json.dumps(TokenEliminationConfig(schedule=[1, 0.5]).to_dict())))
+    listed = TokenEliminationConfig.from_dict(
+        json.loads(json.dumps(TokenEliminationConfig(schedule=[1, 0.5]).to_dict()))
+    )
     assert listed.ratios(2) == {0: 1.0, 1: 0.5}
     with pytest.raises(ValueError, match="schedule must have one ratio for each of 3 layers, got 2"):
         listed.ratios(3)

@@ -105,7 +105,7 @@ def test_gradient_scores():
 
 def test_gradient_scores_need_labels_and_layers_that_use_them():
     model, ids = build(), tokens()
-    with pytest.raises(ValueError, match='must have layers that eliminate tokens with score="gradient", and has none'):
+    with pytest.raises(ValueError, match='must have layers that select tokens with score="gradient", and has none'):
         elimination.score_by_gradient(model, input_ids=ids, labels=ids)
     eliminated(model, score="gradient")
     with pytest.raises(ValueError, match="batch must hold labels"):
