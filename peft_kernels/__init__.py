@@ -17,6 +17,7 @@ from .reselection import Reselector
 
 if TYPE_CHECKING:
     from .integrations.causal_lm import causal_lm_loss, causal_lm_token_losses
+    from .integrations.keep_schedule import KeepScheduleCallback
     from .integrations.peft import accelerate, restore
     from .integrations.schedules import GreenTrainerCallback, HFTCallback, LISACallback, ScheduleCallback
     from .integrations.selective_loss import rho_loss
@@ -30,6 +31,7 @@ __all__ = [
     "GreenTrainerCallback",
     "HFTCallback",
     "InjectionReport",
+    "KeepScheduleCallback",
     "LISACallback",
     "LoraConfig",
     "Reselector",
@@ -82,6 +84,10 @@ def __getattr__(name: str) -> Any:
         from .integrations.transformers import SparseDeltaCallback
 
         return SparseDeltaCallback
+    if name == "KeepScheduleCallback":
+        from .integrations.keep_schedule import KeepScheduleCallback
+
+        return KeepScheduleCallback
     if name in _SCHEDULE_CALLBACKS:
         from .integrations import schedules as schedule_callbacks
 

@@ -1,4 +1,4 @@
-"""The command line: `peft-kernels finetune | plan | delta | predictor | info | verify | bench`.
+"""The command line: `peft-kernels finetune | plan | delta | predictor | thresholds | info | verify | bench`.
 
 Options only; the work is in the modules it calls. Those are imported when their command runs, so that `--help` does
 not wait for them.
@@ -16,9 +16,10 @@ except ModuleNotFoundError:  # an installation without dependencies
     print("Error: the command line needs two more packages: pip install typer rich", file=sys.stderr)
     sys.exit(2)
 
-from . import delta_commands, plan_command, predictor_commands
+from . import delta_commands, plan_command, predictor_commands, thresholds_command
 from .training.method_options import ADAPTERS, DEFAULTS, METHODS_OF, SCHEDULES, SELECTIONS
 from .training.settings import CHOICES, Settings
+from .training.token_options import ratio_or_directory
 
 app = typer.Typer(
     name="peft-kernels",
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(delta_commands.app)
 app.add_typer(predictor_commands.app)
 app.command()(plan_command.plan)
+app.command()(thresholds_command.thresholds)
 
 
 def main() -> None:
@@ -153,8 +155,12 @@ def finetune(
         str | None, _option("target_modules", "Layer names separated by commas, or all-linear")
     ] = None,
     token_elimination: Annotated[
-        float | None,
-        _option("token_elimination", "Share of the tokens that decoder layers compute for in training, in blocks"),
+        str | None,
+        _option(
+            "token_elimination",
+            "Share of the tokens that decoder layers compute for in training, in blocks; or a directory that "
+            "`thresholds` or another run wrote",
+        ),
     ] = None,
     token_tune: Annotated[
         float | None,
@@ -178,6 +184,12 @@ def finetune(
     ] = None,
     token_loss: Annotated[
         str | None, _option("token_loss", "Which tokens' loss counts in training: those that layers computed, or all")
+    ] = None,
+    token_keep_steps: Annotated[
+        int | None,
+        _option(
+            "token_keep_steps", "Steps in which the share grows from --token-elimination to all (default: it stays)"
+        ),
     ] = None,
     chunked_loss: Annotated[
         bool | None,
@@ -227,6 +239,8 @@ def finetune(
 
     own = ("output", "resume", "overwrite")
     given = {name: value for name, value in ctx.params.items() if name not in own and value is not None}
+    if token_elimination is not None:
+        given["token_elimination"] = ratio_or_directory(token_elimination)
     if resume and overwrite:
         raise _fail("--resume continues the run in --output, --overwrite replaces it; give one of them")
     try:

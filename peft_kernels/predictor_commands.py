@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from .command_inputs import (
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    SeqLen,
+    Source,
+    check_output,
+    messages,
+    progress_of,
+    read_source,
+    status,
+)
 
+if TYPE_CHECKING:
     from .elimination import Predictors, RecallReport
-    from .training.data import BlockStream
-    from .training.models import LoadedModel
 
 app = typer.Typer(
     name="predictor",
@@ -27,117 +36,14 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_DTYPES = ("float32", "bfloat16")
 _CALIBRATION = 2  # training batches that pruning is decided on
 
-Model = Annotated[str, typer.Option(help="As for `finetune`: smollm2, a transformers directory, a hub id, random:...")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Text file, .jsonl file, or a directory of them (default: the standard library's sources)."),
-]
-SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per sequence, as many as fine-tuning will have.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
 Keep = Annotated[float, typer.Option(help="Ratio of blocks kept, at which recall is measured.")]
-Dtype = Annotated[str, typer.Option(help=f"Of the model: {', '.join(_DTYPES)}.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the order of the data, and of what training draws.")]
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """What can be the user's doing becomes a message and exit code 2; warnings become messages too."""
-    from .training.errors import UserError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
-            warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
-            yield
-    except KeyboardInterrupt:
-        typer.echo("Error: interrupted; nothing at --output was changed", err=True)
-        raise typer.Exit(130) from None
-    except (UserError, OSError, ValueError, TypeError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model and the text it reads."""
-
-    base: LoadedModel
-    stream: BlockStream
-    device: torch.device
-    batch_size: int
-
-    def training(self, count: int) -> Iterator[Tensor]:
-        """The first `count` batches, int64 `[batch_size, seq_len]`."""
-        return (self.stream.batch(index, self.batch_size).to(self.device) for index in range(count))
-
-    def held_out(self) -> list[Tensor]:
-        """The blocks that training never reads, in batches."""
-        return list(self.stream.held_out.long().to(self.device).split(self.batch_size))
-
-
-def _source(model: str, data: str | None, seq_len: int, batch_size: int, dtype: str, device: str, seed: int) -> _Source:
-    import torch
-
-    from .training.data import BlockStream, read_corpus
-    from .training.errors import UserError
-    from .training.finetune import choose_device
-    from .training.models import load_model
-
-    if dtype not in _DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    place = choose_device(device)
-    torch.manual_seed(seed)  # a random model's weights
-    base = load_model(model, getattr(torch, dtype), place)
-    stream = BlockStream(read_corpus(data, base.tokenizer), base.tokenizer, seq_len, seed)
-    if len(stream.held_out) == 0:
-        raise UserError(
-            f"--data holds too little text to measure recall on: fewer than ten blocks of --seq-len {seq_len} tokens"
-        )
-    return _Source(base, stream, place, batch_size)
 
 
 def _check_keep(keep: float) -> None:
     if not 0.0 < keep < 1.0:
         raise ValueError(f"--keep must be in (0, 1), got {keep}")
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar on a terminal, ten lines elsewhere; yields what is to be told each step that is done, and its loss."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        every = max(1, steps // 10)
-
-        def line(done: int, loss: float) -> None:
-            if done % every == 0 or done in (1, steps):
-                typer.echo(f"step {done}/{steps}  loss {loss:.4f}", err=True)
-
-        yield line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=steps)
-        yield lambda done, loss: bar.update(task, completed=done, description=f"loss {loss:.4f}")
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        typer.echo(text, err=True)
-        yield
 
 
 @app.command()
@@ -161,20 +67,17 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the predictors in --output.")] = False,
 ) -> None:
     """Train a predictor for every decoder layer of a model, and print how many of the right blocks they find."""
-    with _messages():
+    with messages():
         from . import elimination
         from .elimination.predictor_files import CONFIG_NAME, WEIGHTS_NAME
 
         _check_keep(keep)
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output}: exists and is no directory")
-        if any((output / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)) and not overwrite:
-            raise ValueError(f"--output {output} holds predictors already; add --overwrite to replace them")
+        check_output(output, (CONFIG_NAME, WEIGHTS_NAME), "predictors", overwrite)
         if seq_len < 2 * block_size:
             raise ValueError(f"--seq-len must be at least two blocks of {block_size} tokens, got {seq_len}")
-        source = _source(model, data, seq_len, batch_size, dtype, device, seed)
+        source = read_source(model, data, seq_len, batch_size, dtype, device, seed)
         batches = source.training(math.ceil(steps / repeats))
-        with _progress(steps) as progress:
+        with progress_of(steps, "step") as progress:
             trained = elimination.train_predictors(
                 source.base.model,
                 batches,
@@ -210,24 +113,24 @@ def report(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the recall of predictors on held-out text: with the data, length and seed of their training, unseen."""
-    with _messages():
+    with messages():
         from .elimination import Predictors
 
         _check_keep(keep)
         predictors = Predictors.load(directory)
         if predictors.base_model not in (None, model):
             warnings.warn(f"the predictors were trained on {predictors.base_model!r}, this is {model!r}", stacklevel=1)
-        found = _recall(predictors, _source(model, data, seq_len, batch_size, dtype, device, seed), keep)
+        found = _recall(predictors, read_source(model, data, seq_len, batch_size, dtype, device, seed), keep)
         if json_output:
             typer.echo(json.dumps(_description(found), indent=1))
         else:
             _print_recall(found)
 
 
-def _recall(predictors: Predictors, source: _Source, keep: float) -> RecallReport:
+def _recall(predictors: Predictors, source: Source, keep: float) -> RecallReport:
     from .elimination import recall_report
 
-    with _status("measuring recall on held-out text"):
+    with status("measuring recall on held-out text"):
         return recall_report(predictors, source.base.model, source.held_out(), keep)
 
 

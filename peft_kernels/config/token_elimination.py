@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,7 +21,9 @@ class TokenEliminationConfig(TokenConfig):
         keep_ratio: share of the blocks of each sequence that a layer computes for, in [0, 1]; of `B` blocks
             `ceil(keep_ratio B)` are kept, and the tokens behind the last whole block always. With `threshold` it is
             the most that is kept, 1 where it is None.
-        threshold: blocks whose score is smaller are not kept either. One of the two, or `schedule`, has to be given.
+        threshold: blocks whose score is smaller are not kept either; a number, or by index of the layer one for each
+            that selects, the first of every `select_every`, where -inf keeps everything. One of the two, or `schedule`,
+            has to be given.
         layers: indices of the decoder layers that do, negative ones from the end; None takes all but the first
             `dense_first` and the last `dense_last`.
         dense_first, dense_last: see there; not used where `layers` or `schedule` is given.
@@ -43,7 +46,7 @@ class TokenEliminationConfig(TokenConfig):
     """
 
     keep_ratio: float | None = None
-    threshold: float | None = None
+    threshold: float | dict[int, float] | None = None
     layers: list[int] | None = None
     block_size: int = 64
     score: Literal["attention", "norm", "gradient", "random", "predictor"] = "attention"
@@ -61,7 +64,9 @@ class TokenEliminationConfig(TokenConfig):
     def __post_init__(self) -> None:
         if self.keep_ratio is not None:
             check_ratio("keep_ratio", self.keep_ratio)
-        if self.threshold is not None:
+        if isinstance(self.threshold, Mapping):
+            self.threshold = _checked_thresholds(self.threshold)
+        elif self.threshold is not None:
             check_finite("threshold", self.threshold)
         if self.schedule is not None:
             checked = _checked_schedule(self.schedule)
@@ -107,9 +112,29 @@ class TokenEliminationConfig(TokenConfig):
             name = "layers"
         return in_order(name, given, count)
 
+    def thresholds(self, selecting: Collection[int]) -> dict[int, float | None]:
+        """The threshold of each layer that selects tokens, None for none.
+
+        Args:
+            selecting: indices of these layers, none of them negative.
+
+        Raises:
+            ValueError: `threshold` names other layers.
+        """
+        if not isinstance(self.threshold, Mapping):
+            return dict.fromkeys(selecting, self.threshold)
+        if self.threshold.keys() != set(selecting):
+            raise ValueError(
+                f"threshold must be for the layers that select tokens, {sorted(selecting)}, got {list(self.threshold)}"
+            )
+        return dict(self.threshold)
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of `token_elimination.json`."""
         values = super().to_dict()
+        if isinstance(self.threshold, Mapping):  # JSON has no other keys, and no infinity
+            thresholds = self.threshold.items()
+            values["threshold"] = {str(index): None if value == -math.inf else value for index, value in thresholds}
         if self.schedule is not None:  # JSON has no other keys
             checked = _checked_schedule(self.schedule)
             listed = isinstance(self.schedule, list | tuple)
@@ -125,7 +150,11 @@ class TokenEliminationConfig(TokenConfig):
         """
         schedule = values.get("schedule")
         if isinstance(schedule, Mapping):
-            values = {**values, "schedule": {_index(key): ratio for key, ratio in schedule.items()}}
+            values = {**values, "schedule": {_index("schedule", key): ratio for key, ratio in schedule.items()}}
+        threshold = values.get("threshold")
+        if isinstance(threshold, Mapping):
+            numbers = {_index("threshold", key): value for key, value in threshold.items()}
+            values = {**values, "threshold": {i: -math.inf if value is None else value for i, value in numbers.items()}}
         return super().from_dict(values)
 
 
@@ -141,8 +170,18 @@ def _checked_schedule(schedule: Any) -> dict[int, float]:
     return dict(schedule)
 
 
-def _index(key: Any) -> int:
+def _checked_thresholds(thresholds: Mapping[Any, Any]) -> dict[int, float]:
+    if not thresholds:
+        raise ValueError("threshold must be a number, or map indices of layers to numbers, got an empty mapping")
+    for index, value in thresholds.items():
+        check_integer("an index of threshold", index, 0)
+        if value != -math.inf:
+            check_finite(f"threshold[{index}]", value)
+    return {index: float(value) for index, value in sorted(thresholds.items())}
+
+
+def _index(name: str, key: Any) -> int:
     try:
         return int(key)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"schedule must have indices of layers as keys, got {key!r}") from error
+        raise ValueError(f"{name} must have indices of layers as keys, got {key!r}") from error

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,6 +26,10 @@ class TokenConfig:
     def ratios(self, count: int) -> dict[int, float]:
         """The share of tokens that each layer selects, by its index, for a model of `count` layers."""
         raise NotImplementedError
+
+    def thresholds(self, selecting: Collection[int]) -> dict[int, float | None]:
+        """The least score of what each of the layers that select keeps, by their indices; None for no such bound."""
+        return dict.fromkeys(selecting)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of the file."""

@@ -14,9 +14,14 @@ from .model import eliminating_layers
 
 
 def _latest(model: nn.Module) -> list[tuple[tuple[int, int], Tensor | None] | None]:
-    layers = eliminating_layers(unwrapped(model))
+    inner = unwrapped(model)
+    layers = eliminating_layers(inner)
     if not layers:
         raise ValueError("model has no layers that eliminate tokens")
+    if isinstance(model, torch._dynamo.OptimizedModule) or any(
+        m._compiled_call_impl is not None for m in inner.modules()
+    ):
+        raise RuntimeError("model is compiled, and compiled layers do not remember which tokens they computed")
     return [layer.elimination.latest for layer in layers.values()]
 
 
@@ -31,7 +36,8 @@ def computed_share(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: no layer eliminates tokens.
-        RuntimeError: one was not called yet, or their latest calls were of different shapes.
+        RuntimeError: one was not called yet, their latest calls were of different shapes, or `torch.compile` has taken
+            a part of the model.
     """
     calls = _latest(model)
     first = calls[0]

@@ -72,9 +72,7 @@ def eliminate(model: nn.Module, config: TokenEliminationConfig) -> EliminationRe
     config = replace(config)  # a copy, checked anew: the caller's may have been edited since
 
     def options(ratio: float) -> EliminationOptions:
-        return EliminationOptions(
-            ratio, config.block_size, config.score, config.apply_to, config.train_only, config.threshold
-        )
+        return EliminationOptions(ratio, config.block_size, config.score, config.apply_to, config.train_only)
 
     named = config.layers is not None or config.schedule is not None
     take_layers(model, TokenElimination, config, options, Selections(config.select_every, config.seed), named)
@@ -111,10 +109,7 @@ def take_layers(
     for path, layer in selective_layers(model).items():
         raise ValueError(f"model {layer.does} already (at {path}); elimination.remove it first")
     layers = list(transformer_layers(model).items())
-    taken, refused = _taken_over(layers, kind, config.ratios(len(layers)), options, selections)
-    if refused and (named or not taken):
-        found = shortened([f"{path}: {reason}" for path, reason in refused.items()], "; ", limit=3)
-        raise ValueError(f"model has decoder layers that {kind.cannot}: {found}")
+    taken, refused = _taken_over(layers, kind, config, options, selections, named)
     holders = paths_of(dict(model.named_modules(remove_duplicate=False)))
     places = {path: holders[id(model.get_submodule(path))] for path in taken}
     for path, layer in taken.items():
@@ -126,22 +121,28 @@ def take_layers(
 def _taken_over(
     layers: list[tuple[str, nn.Module]],
     kind: type[SelectiveLayer],
-    ratios: Mapping[int, float],
+    config: TokenConfig,
     options: Callable[[float], EliminationOptions],
     selections: Selections,
+    named: bool,
 ) -> tuple[dict[str, SelectiveLayer], dict[str, str]]:
-    """The new layers, and reasons for those that cannot be, by path."""
+    """The new layers, and reasons for those that cannot be, by path. Raises what `eliminate` does."""
     anatomies, refused = {}, {}
-    for index, ratio in ratios.items():
+    for index, ratio in config.ratios(len(layers)).items():
         path, module = layers[index]
         own = options(ratio)
         try:
             anatomies[index] = own, kind.checked_anatomy(module, own)
         except (TypeError, ValueError) as error:
             refused[path] = str(error).removeprefix(f"{kind.__name__} cannot take this layer over: ")
+    if refused and (named or not anatomies):
+        found = shortened([f"{path}: {reason}" for path, reason in refused.items()], "; ", limit=3)
+        raise ValueError(f"model has decoder layers that {kind.cannot}: {found}")
     taken = {}
+    thresholds = config.thresholds(list(anatomies)[:: selections.select_every])
     for number, (index, (own, anatomy)) in enumerate(anatomies.items()):
         leader = list(anatomies)[number - number % selections.select_every]
+        own = replace(own, threshold=thresholds[leader])
         path, module = layers[index]
         taken[path] = kind.over(module, own, anatomy, selections, index, leader)
     return taken, refused

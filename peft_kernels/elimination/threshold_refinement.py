@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.token_elimination import TokenElimination
 from ..planning import base_name, unwrapped
-from .gradient import _in_evaluation
-from .observation import Batch, all_tokens, arguments, observe
+from .observation import Batch, observe
 from .predictor import check_count
-from .thresholds import Thresholds, layers_by_leader, set_threshold
+from .threshold_losses import dense_loss, eliminating_loss
+from .thresholds import Thresholds, layers_by_leader
+
+Progress: TypeAlias = Callable[[int, float], None]
 
 _UNFIT = {"random": "are random", "gradient": "are found outside of the layer"}
 
@@ -71,8 +72,8 @@ class _State:
 class _Evaluation:
     """Losses of a model by the blocks that its layers drop, each once."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch], most: int) -> None:
-        self.model, self.batches, self.most = model, batches, most
+    def __init__(self, model: nn.Module, batches: list[Batch], most: int, progress: Progress | None) -> None:
+        self.model, self.batches, self.most, self.progress = model, batches, most, progress
         self.groups = layers_by_leader(model)
         self.used = 0
         self._known: dict[tuple[int, ...], _State] = {}
@@ -106,22 +107,15 @@ class _Evaluation:
     def left(self) -> int:
         return self.most - self.used
 
-    def _loss(self) -> float:
+    def _done(self, loss: float) -> None:
         self.used += 1
-        total = 0.0
-        for batch in self.batches:
-            call = arguments(batch)
-            call.setdefault("labels", call.get("input_ids"))
-            loss = getattr(self.model(**call), "loss", None)
-            if loss is None or not torch.isfinite(loss):
-                raise ValueError(f"batches must give a finite loss, got {loss}")
-            total += float(loss)
-        return total / len(self.batches)
+        if self.progress is not None:
+            self.progress(self.used, loss)
 
     def dense(self) -> _State:
         """Every token in every layer."""
-        with all_tokens(self.model):
-            loss = self._loss()
+        loss = dense_loss(self.model, self.batches)
+        self._done(loss)
         state = _State(dict.fromkeys(self.groups, 0), loss, dict.fromkeys(self.groups, 1.0))
         self._known[tuple(state.dropped.values())] = state
         return state
@@ -129,40 +123,11 @@ class _Evaluation:
     def __call__(self, dropped: Mapping[int, int]) -> _State:
         key = tuple(dropped[index] for index in self.groups)
         if key not in self._known:
-            with _eliminating(self.groups):
-                for index, layers in self.groups.items():
-                    set_threshold(layers, self.threshold(index, dropped[index]))
-                with _in_evaluation(self.model), torch.no_grad():
-                    loss = self._loss()
-                self._known[key] = _State(dict(dropped), loss, self._kept())
+            thresholds = {index: self.threshold(index, dropped[index]) for index in self.groups}
+            loss, kept = eliminating_loss(self.model, self.groups, thresholds, self.batches)
+            self._done(loss)
+            self._known[key] = _State(dict(dropped), loss, kept)
         return self._known[key]
-
-    def _kept(self) -> dict[int, float]:
-        kept = {}
-        for index, layers in self.groups.items():
-            own = layers[0].elimination
-            if own.dense_calls:
-                raise ValueError(f"layer {own.index} computes for all tokens: {next(iter(own.dense_calls))}")
-            kept[index] = int(own.kept_tokens) / own.tokens
-        return kept
-
-
-@contextmanager
-def _eliminating(groups: Mapping[int, list[TokenElimination]]) -> Iterator[None]:
-    """With these layers eliminating tokens in evaluation, and counting anew; then everything as it was."""
-    states = [layer.elimination for layers in groups.values() for layer in layers]
-    names = ("options", "calls", "tokens", "kept_tokens", "dense_calls")
-    before = [{name: getattr(state, name) for name in names} for state in states]
-    try:
-        for state in states:
-            state.options = replace(state.options, train_only=False)
-            state.calls = state.tokens = state.kept_tokens = 0
-            state.dense_calls = type(state.dense_calls)()
-        yield
-    finally:
-        for state, values in zip(states, before, strict=True):
-            for name, value in values.items():
-                setattr(state, name, value)
 
 
 def refine_thresholds(
@@ -172,6 +137,7 @@ def refine_thresholds(
     tolerance: float = 0.01,
     step: float = 0.1,
     max_evaluations: int = 200,
+    progress: Progress | None = None,
 ) -> tuple[Thresholds, ThresholdReport]:
     """Thresholds by layer that drop as much as a tolerance of the loss allows, by finite differences.
 
@@ -190,6 +156,7 @@ def refine_thresholds(
         tolerance: of the loss, relative; at least 0.
         step: share of a layer's blocks by which its threshold moves, in (0, 1).
         max_evaluations: how often the batches go through the model, at least 2; it ends there.
+        progress: called after each time with how often that was, and the loss.
 
     Returns:
         The thresholds, and what they cost and save on these batches.
@@ -208,7 +175,7 @@ def refine_thresholds(
     given = list(batches)
     if not given:
         raise ValueError("batches must hold at least one batch, got none")
-    evaluation = _Evaluation(model, given, max_evaluations)
+    evaluation = _Evaluation(model, given, max_evaluations, progress)
     dense = evaluation.dense()
     limit = (1 + tolerance) * dense.loss
     state, stopped = _refined(evaluation, _start(evaluation, dense, keep, limit), limit, step)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
-from ..adapter_files import install
 from ..schedules import HFT, LISA, GreenTrainer, Schedule, greentrainer, hft, lisa
+from .stepped import SteppedCallback
 
-STATE_NAME = "schedule_state.json"
 
-
-class ScheduleCallback(TrainerCallback):
+class ScheduleCallback(SteppedCallback[Schedule]):
     """Drives a schedule from transformers' `Trainer`, and lets a run continue exactly from its checkpoints.
 
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[LISACallback(active_layers=2)])
@@ -48,50 +42,18 @@ class ScheduleCallback(TrainerCallback):
         FileNotFoundError: from `Trainer.train`, when a run continues from a checkpoint without the file.
     """
 
+    state_name = "schedule_state.json"
+
     def __init__(
         self,
         build: Callable[[nn.Module, torch.optim.Optimizer], Schedule],
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(resume_from_checkpoint)
         self._make = build
-        self._checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        self.schedule: Schedule | None = None
 
-    def _build(self, args: TrainingArguments, **kwargs: Any) -> Schedule:
+    def _build(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> Schedule:
         return self._make(kwargs["model"], kwargs["optimizer"])
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Builds the schedule over the run's model and optimizer."""
-        if self.schedule is not None:
-            self.schedule.close()
-            self.schedule = None
-        schedule = self._build(args, **kwargs)
-        if state.global_step > 0:
-            try:
-                schedule.load_state_dict(read_state(self._checkpoint or _directory(args, state)))
-            except BaseException:
-                schedule.close()
-                raise
-        self.schedule = schedule
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step of the optimizer is done."""
-        if self.schedule is not None:
-            self.schedule.step()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the schedule's state to the checkpoint."""
-        if self.schedule is not None and args.should_save:
-            write_state(_directory(args, state), self.schedule.state_dict())
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leaves model and optimizer alone; `schedule` can still be looked at."""
-        if self.schedule is not None:
-            self.schedule.close()
 
 
 class LISACallback(ScheduleCallback):
@@ -154,10 +116,10 @@ class GreenTrainerCallback(ScheduleCallback):
 
         super().__init__(build, resume_from_checkpoint)
 
-    def _build(self, args: TrainingArguments, **kwargs: Any) -> Schedule:
+    def _build(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> Schedule:
         if self._sample is None:
             self._sample = first_batch(kwargs["train_dataloader"], args.per_device_train_batch_size, args.device)
-        return super()._build(args, **kwargs)
+        return super()._build(args, state, **kwargs)
 
 
 def first_batch(loader: Any, size: int, device: torch.device) -> Any:
@@ -176,41 +138,3 @@ def first_batch(loader: Any, size: int, device: torch.device) -> Any:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         batch = collate([dataset[number] for number in range(min(size, len(dataset)))])
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _directory(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def write_state(directory: Path, state: dict[str, Any]) -> None:
-    """Writes a schedule's state_dict; a reader finds the file either as it was or as it will be."""
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / f".{STATE_NAME}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        unfinished.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        install([(unfinished, directory / STATE_NAME)])
-    finally:
-        with suppress(FileNotFoundError):
-            unfinished.unlink()
-
-
-def read_state(directory: Path) -> dict[str, Any]:
-    """What `write_state` wrote.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is damaged.
-    """
-    path = directory / STATE_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no {STATE_NAME}, without which the schedule cannot continue; if the checkpoint is "
-            "elsewhere, give the callback its directory as resume_from_checkpoint"
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"the schedule's state in {directory} is damaged: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(record).__name__}")
-    return record

@@ -74,11 +74,9 @@ def _attention_per_token(shape: ModelShape, step: StepSettings) -> int:
 
 
 def _mlp_per_token(shape: ModelShape, step: StepSettings, eliminates: bool) -> int:
-    if step.method == "full":
-        wide = 3 if eliminates else 4
-    else:
-        wide = 2 if eliminates or step.method == "s2ft" else 4
-    return wide * step.bytes * shape.intermediate
+    kept = {"lora": 4, "s2ft": 2, "sparse_delta": 4, "full": 4}  # of gate, up, silu(gate) and the product
+    lean = {**dict.fromkeys(kept, 2), "full": 3}
+    return (lean if eliminates else kept)[step.method] * step.bytes * shape.intermediate
 
 
 def _adapter_per_token(shape: ModelShape, step: StepSettings) -> tuple[int, int]:

@@ -31,10 +31,12 @@ class EliminationOptions:
     apply_to: str = "both"
     train_only: bool = True
     threshold: float | Tensor | None = None
+    keep_text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0.0 <= self.keep <= 1.0:
             raise ValueError(f"keep must be in [0, 1], got {self.keep!r}")
+        object.__setattr__(self, "keep_text", repr(float(self.keep)))
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size must be an integer of at least 1, got {self.block_size!r}")
         if not callable(self.score) and self.score not in token_scores.NAMED:
@@ -43,6 +45,12 @@ class EliminationOptions:
             raise ValueError(f"apply_to must be one of {', '.join(HALVES)}, got {self.apply_to!r}")
         if not isinstance(self.train_only, bool):
             raise TypeError(f"train_only must be True or False, got {self.train_only!r}")
+
+    @property
+    def ratio(self) -> float:
+        """`keep`, for code that is compiled: a number that has changed becomes an input of the graph there, from which
+        no shape can be made; a text is compared, and the graph made anew."""
+        return float(self.keep_text)
 
     @property
     def score_name(self) -> str:
@@ -153,6 +161,7 @@ class LayerElimination:
         arguments: names of its class's arguments behind the hidden states.
         predictor: for score="predictor".
         method: what it does with selected tokens, for messages.
+        least_keep: the smallest ratio of the schedule that moves `options.keep`; None without one.
         calls: calls in training that computed for some tokens alone.
         tokens, kept_tokens: of those calls, before and after; a tensor where only the device knows.
         dense_calls: calls in training that were for all tokens though they should not have been, by reason.
@@ -168,6 +177,7 @@ class LayerElimination:
     arguments: tuple[str, ...]
     predictor: Callable[[Tensor], Tensor] | None = None
     method: str = "token elimination"
+    least_keep: float | None = None
     calls: int = 0
     tokens: int = 0
     kept_tokens: int | Tensor = 0
@@ -198,30 +208,35 @@ class LayerElimination:
         self.kept_tokens = self.kept_tokens + kept
 
     def remember(self, x: Tensor, kept: Kept | None) -> None:
-        """Keeps which tokens of x `[B, T, H]` this call is for; None for all."""
-        if torch.compiler.is_compiling() or not _recomputing():
+        """Keeps which tokens of x `[B, T, H]` this call is for, None for all; not under torch.compile."""
+        if not torch.compiler.is_compiling() and not _recomputing():
             self.latest = (x.shape[0], x.shape[1]), None if kept is None else kept.rows
 
     def nothing_to_drop(self, tokens: int) -> str | None:
         """Why a selection of so many tokens would be all of them; None when it would not, or when all are asked for."""
         options = self.options
-        if options.threshold is not None or options.keep in (0, 1):
+        if options.threshold is not None or options.ratio in (0, 1):
             return None
         blocks = tokens // options.block_size
         if blocks < 2:
             return f"its sequences are shorter than two blocks of {options.block_size} tokens"
-        if ops.kept_tokens(tokens, options.keep, options.block_size) == tokens:
-            return f"keep={options.keep}, rounded up to whole blocks, is all of them"
+        if ops.kept_tokens(tokens, options.ratio, options.block_size) == tokens:
+            return f"keep={options.ratio}, rounded up to whole blocks, is all of them"
         return None
+
+    def grown_to_all(self, tokens: int) -> bool:
+        """Whether all of so many tokens are kept because a schedule has come that far, which began with fewer."""
+        least, size = self.least_keep, self.options.block_size
+        return least is not None and ops.kept_tokens(tokens, least, size) < tokens
 
     def select(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Kept | None:
         """The selection for x `[B, T, H]`; None keeps everything."""
         options = self.options
         if options.threshold is None:
-            if options.keep == 1:
+            reason = self.nothing_to_drop(x.shape[1])
+            if options.ratio == 1 or (reason is not None and self.grown_to_all(x.shape[1])):
                 self.note_call(x.shape[:2].numel(), x.shape[:2].numel())
                 return None
-            reason = self.nothing_to_drop(x.shape[1])
             if reason is not None:
                 self.note_dense(reason)
                 return None
@@ -229,7 +244,7 @@ class LayerElimination:
         call = tables[0] if tables else None
         kept = self.selections.find_or_make(
             call,
-            (self.leader, options.keep, options.threshold, options.block_size),
+            (self.leader, options.ratio, options.threshold, options.block_size),
             self.index,
             lambda: self._make(layer, x, inputs, call),
             options.score == "random" and self.selections.seed is None,
@@ -241,11 +256,11 @@ class LayerElimination:
     def _make(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Kept:
         options = self.options
         tokens = x.shape[1]
-        scores = None if options.keep == 0 else self.scores(layer, x.detach(), inputs, call)
+        scores = None if options.ratio == 0 else self.scores(layer, x.detach(), inputs, call)
         if scores is None:
             scores = x.new_zeros(x.shape[0], tokens // options.block_size, dtype=torch.float32)
         positions, counts = ops.select_tokens(
-            scores, options.keep, options.block_size, options.threshold, tokens=tokens
+            scores, options.ratio, options.block_size, options.threshold, tokens=tokens
         )
         if options.threshold is None:
             return Kept(positions, tokens)

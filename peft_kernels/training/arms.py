@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 
 from ..channels import Slice
+from ..elimination import KeepSchedule
 from ..nn import SparseDeltaLinear
 from ..nn.s2ft_layer import S2FTLayer
 from ..reselection import Reselector
@@ -57,6 +58,7 @@ class Arm:
         history: the steps so far.
         reselector: what moves the entries of a sparse delta, or None.
         schedule: what decides which parameters train when, or None.
+        keep_schedule: what decides how many tokens its layers keep when, or None.
         chunked_loss: whether the loss is formed without all logits, by `causal_lm_loss`.
         whole_logits: why it is not, where it was to be.
         token_mask: which tokens count in the training loss, those that layers "computed" or that were "selected" for
@@ -71,6 +73,7 @@ class Arm:
     history: list[StepRecord] = field(default_factory=list)
     reselector: Reselector | None = None
     schedule: Schedule | None = None
+    keep_schedule: KeepSchedule | None = None
     chunked_loss: bool = False
     whole_logits: str | None = None
     token_mask: Literal["computed", "selected"] | None = None

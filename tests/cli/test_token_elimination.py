@@ -125,6 +125,32 @@ def test_a_stopped_run_continues_to_the_same_bits_and_counts(
     assert metrics(halved)["token_elimination"] == metrics(whole)["token_elimination"]
 
 
+def test_the_share_that_is_kept_grows_and_goes_on_growing_when_resumed(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    options = [*TINY, "--sample-tokens", 0, "--token-elimination", 0.25, "--token-keep-steps", 3, "--token-layers", "0"]
+    options += ["--token-block-size", 1, "--token-score", "random", "--steps", 4, "--save-every", 1]
+    assert invoke("finetune", *options, "--output", whole).exit_code == 0
+    stop_after(2, monkeypatch)
+    assert invoke("finetune", *options, "--output", halved).exit_code == 130
+    monkeypatch.undo()
+    result = invoke("finetune", "--resume", "--output", halved)
+    assert result.exit_code == 0, result.output
+    assert_same_run(halved, whole)
+    state = state_of(halved)
+    assert state["keep_schedules"] == state_of(whole)["keep_schedules"]
+    assert state["keep_schedules"]["peft-kernels"]["completed_steps"] == 4
+    (layer, _) = metrics(halved)["token_elimination"]["layers"]
+    # Two sequences of 32 tokens: ratios of 1/4, 1/2, 3/4 and 1.
+    assert (layer["keep"], layer["tokens"], layer["kept_tokens"]) == (1.0, 4 * 64, 16 + 32 + 48 + 64)
+    page = (halved / "report.html").read_text()
+    assert "0.25 of the tokens kept at first, all after 3 steps" in page
+    assert "as many tokens as the run came to in the end" in page
+    result = invoke("finetune", "--resume", "--token-keep-steps", 9, "--output", halved)
+    assert result.exit_code == 2 and "--token-keep-steps 9: the run was started with" in result.stderr
+
+
 def test_a_resumed_run_keeps_its_settings(invoke: Invoke, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert invoke("finetune", *HALF, "--steps", 1, "--output", output).exit_code == 0
@@ -206,6 +232,8 @@ def test_a_step_takes_part_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--token-select-every", "2"], "--token-select-every needs --token-elimination"),
         (["--token-layers", "1"], "--token-layers needs --token-elimination"),
         (["--token-loss", "all"], "--token-loss needs --token-elimination"),
+        (["--token-keep-steps", "4"], "--token-keep-steps needs --token-elimination"),
+        ([*HALF[-6:], "--token-keep-steps", "0"], "--token-keep-steps must be at least 1, got 0"),
         (["--compare", "dense"], "--compare dense needs --token-elimination"),
         ([*HALF[-6:], "--token-score", "gradient"], "--token-score must be one of attention, norm, random"),
         ([*HALF[-6:], "--token-layers", "1;2"], "--token-layers must be indices of layers separated by commas, got"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from peft_kernels.training.models import load_model
+from peft_kernels.training.models import SMOLLM2_NAME, load_model
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -63,6 +63,7 @@ def losses(model, batches):
 def base():
     """The model and a batch `[1, TOKENS]` of each passage."""
     loaded = load_model("smollm2", torch.float32, torch.device("cpu"))
+    assert loaded.model.name_or_path == SMOLLM2_NAME
     batches = [torch.tensor([loaded.tokenizer(passage).input_ids[:TOKENS]]) for passage in PASSAGES]
     assert {batch.shape for batch in batches} == {(1, TOKENS)}
     return loaded.model, batches

@@ -110,16 +110,20 @@ def test_evaluation_computes_all():
     torch.testing.assert_close(loss.float(), model(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=0)
 
 
-def test_a_compiled_layer_remembers_its_call():
-    model, ids = build(num_hidden_layers=2), tokens(2, 22)
-    eliminated(model, score="norm", layers=[0, 1])
+@pytest.mark.parametrize(
+    "part", [lambda m: m, lambda m: m.model, lambda m: layers_of(m)[1]], ids=["model", "decoder", "layer"]
+)
+def test_compiled_layers_do_not_remember(part):
+    model, ids = build(), tokens(2, 22)
+    eliminated(model, score="norm")
     model(input_ids=ids)
-    expected = elimination.computed_share(model)
-    for layer in layers_of(model):
-        layer.elimination.latest = None
-        layer.compile(fullgraph=True, backend="aot_eager")
-    model(input_ids=ids)
-    assert torch.equal(elimination.computed_share(model), expected)
+    assert elimination.computed_labels(model) is not None
+    wrapped = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match="model is compiled"):
+        elimination.computed_labels(wrapped)
+    part(model).compile(backend="eager")
+    with pytest.raises(RuntimeError, match="model is compiled"):
+        elimination.computed_labels(model)
 
 
 def test_what_cannot_be_said_is_refused():

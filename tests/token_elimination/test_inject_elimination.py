@@ -300,7 +300,7 @@ def test_schedules_name_layers_from_both_ends():
 
 
 def test_an_argument_for_adapters_is_refused():
-    with pytest.raises(ValueError, match="autocast_adapter_dtype must be left out"):
+    with pytest.raises(ValueError, match="autocast_adapter_dtype must be True"):
         peft_kernels.inject(build(), TokenEliminationConfig(keep_ratio=0.5), autocast_adapter_dtype=False)
 
 

@@ -101,7 +101,7 @@ def test_all_labels_count_where_nothing_is_selected():
     model.eval()
     assert torch.equal(causal_lm_loss(*arguments, token_mask="selected"), causal_lm_loss(*arguments))
     assert elimination.selected_labels(model) is None
-    with pytest.raises(ValueError, match=r"token_mask must be bool \[B, T\], "computed", "selected" or None, got 'all'"):
+    with pytest.raises(ValueError, match=r"token_mask must be bool .* or None, got 'all'"):
         causal_lm_loss(*arguments, token_mask="all")
     elimination.remove(model)
     for call in (lambda: causal_lm_loss(*arguments, token_mask="selected"), lambda: elimination.selected_labels(model)):
