@@ -96,6 +96,8 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def(
       "select_tokens(Tensor scores, SymInt tokens, SymInt blocks, SymInt block_size, Tensor? threshold) "
       "-> (Tensor positions, Tensor counts)");
+  // Rows of a matrix with these norms [M] that stand for all of them: int32 and float32 [min(k, M)], by uniforms [k].
+  m.def("sampled_rows(Tensor norms, Tensor uniforms) -> (Tensor rows, Tensor scales)");
   // Losses [C] of logits [C, V], which become scale times their own gradient.
   m.def("cross_entropy_rows_(Tensor(a!) logits, Tensor labels, float scale) -> Tensor");
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import channels, deltas, elimination, nn, ops, optim, schedules, slices
+from . import channels, deltas, elimination, nn, ops, optim, schedules, slices, wta_crs
 from .adapter_io import load_adapter, save_adapter
 from .backends import BackendUnavailable, backend_report, use_backend
-from .config import LoraConfig, S2FTConfig, SparseDeltaConfig, TokenEliminationConfig, TokenTuneConfig
+from .config import LoraConfig, S2FTConfig, SparseDeltaConfig, TokenEliminationConfig, TokenTuneConfig, WTACRSConfig
 from .heap import keep_freed_memory
 from .inject import eject, inject, merge, unmerge
 from .lottery_ticket import lottery_ticket_positions, rewind
 from .ops import select_excess_tokens
-from .reports import AccelerationReport, EliminationReport, InjectionReport, TokenTuneReport
+from .reports import AccelerationReport, EliminationReport, InjectionReport, SamplingReport, TokenTuneReport
 from .reselection import Reselector
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ __all__ = [
     "LoraConfig",
     "Reselector",
     "S2FTConfig",
+    "SamplingReport",
     "ScheduleCallback",
     "SparseDeltaCallback",
     "SparseDeltaConfig",
     "TokenEliminationConfig",
     "TokenTuneConfig",
     "TokenTuneReport",
+    "WTACRSConfig",
     "accelerate",
     "backend_report",
     "causal_lm_loss",
@@ -67,6 +69,7 @@ __all__ = [
     "slices",
     "unmerge",
     "use_backend",
+    "wta_crs",
 ]
 
 _CAUSAL_LM_LOSSES = ("causal_lm_loss", "causal_lm_token_losses")

@@ -206,6 +206,10 @@ def finetune(
         str | None,
         _option("reference_model", "What --loss-ratio compares with, named as --model is (default: the base model)"),
     ] = None,
+    sampled_gradient: Annotated[
+        float | None,
+        _option("sampled_gradient", "Share of the rows of each input that is kept for the gradient of A (WTA-CRS)"),
+    ] = None,
     dtype: Annotated[str | None, _option("dtype", "Dtype of the base model")] = None,
     adapter_dtype: Annotated[str | None, _option("adapter_dtype", "Dtype of the adapter; model: as the base")] = None,
     seq_len: Annotated[int | None, _option("seq_len", "Tokens per sequence")] = None,
@@ -233,7 +237,7 @@ def finetune(
 
     lora, sparse_delta and s2ft write an adapter; lisa, hft and greentrainer train the model itself and write a model.
     --compare: peft (lora, s2ft) and shira (sparse_delta) are PEFT's layers, paca (s2ft) plain PyTorch, full everything,
-    dense the same adapter without --token-elimination, --token-tune and --loss-ratio.
+    dense the same adapter without --token-elimination, --token-tune, --loss-ratio and --sampled-gradient.
     """
     from .training.errors import UserError
 

@@ -9,8 +9,8 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from . import elimination, targets
-from .config import AdapterConfig, TokenEliminationConfig, TokenTuneConfig
+from . import elimination, targets, wta_crs
+from .config import AdapterConfig, TokenEliminationConfig, TokenTuneConfig, WTACRSConfig
 from .families import AdapterLayer, Choices, adapter_layers
 from .nn.swiglu_mlp import SwiGLUMLP
 from .planning import (
@@ -25,7 +25,7 @@ from .planning import (
     unwrapped,
     weight_owners,
 )
-from .reports import EliminationReport, InjectionReport, TokenTuneReport
+from .reports import EliminationReport, InjectionReport, SamplingReport, TokenTuneReport
 
 
 @overload
@@ -34,6 +34,10 @@ def inject(model: nn.Module, config: TokenEliminationConfig) -> EliminationRepor
 
 @overload
 def inject(model: nn.Module, config: TokenTuneConfig) -> TokenTuneReport: ...
+
+
+@overload
+def inject(model: nn.Module, config: WTACRSConfig) -> SamplingReport: ...
 
 
 @overload
@@ -50,17 +54,19 @@ def inject(
 
 def inject(
     model: nn.Module,
-    config: AdapterConfig | TokenEliminationConfig | TokenTuneConfig,
+    config: AdapterConfig | TokenEliminationConfig | TokenTuneConfig | WTACRSConfig,
     *,
     seed: int | None = None,
     autocast_adapter_dtype: bool = True,
     positions: Mapping[str, Any] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-) -> InjectionReport | EliminationReport | TokenTuneReport:
+) -> InjectionReport | EliminationReport | TokenTuneReport | SamplingReport:
     """Replaces the linear layers that `config` names by the family's drop-in, in place; freezes everything else.
 
     A `TokenEliminationConfig` is for decoder layers instead, and freezes nothing: see `elimination.eliminate`; so is a
-    `TokenTuneConfig`, see `elimination.tune`. One of the two goes with each of the others, injected before or after.
+    `TokenTuneConfig`, see `elimination.tune`. One of the two goes with each of the others, injected before or after. A
+    `WTACRSConfig` has layers keep a sample of their input for the weight gradient, and freezes nothing either: see
+    `wta_crs.sample`. It goes onto LoRA, or onto layers that train.
 
     `LoraConfig` makes `nn.LoRALinear` layers, `SparseDeltaConfig` `nn.SparseDeltaLinear`, `S2FTConfig`
     `nn.S2FTLinear`, and `nn.S2FTConv1D` in the place of transformers' `Conv1D`, which the others refuse. Weights are
@@ -74,7 +80,7 @@ def inject(
     Args:
         model: any module; call before `torch.compile`, DistributedDataParallel and `fully_shard`.
         config: a `LoraConfig`, a `SparseDeltaConfig` or an `S2FTConfig`, or PEFT's `LoraConfig`; or a
-            `TokenEliminationConfig` or `TokenTuneConfig`, with which none of the other arguments go.
+            `TokenEliminationConfig`, `TokenTuneConfig` or `WTACRSConfig`, with which none of the other arguments go.
         seed: draws the initial factors or positions from this seed, leaving torch's generators alone; None draws from
             torch's default CPU generator.
         autocast_adapter_dtype: True keeps what trains in float32 over a bfloat16 or float16 model (PEFT's default);
@@ -92,7 +98,7 @@ def inject(
         ValueError, TypeError: nothing matches (the message lists what could), a named module cannot be replaced, the
             model has adapters already, or an option is not supported. The model is then as it was.
     """
-    if isinstance(config, TokenEliminationConfig | TokenTuneConfig):
+    if isinstance(config, TokenEliminationConfig | TokenTuneConfig | WTACRSConfig):
         for name, value in (("seed", seed), ("positions", positions), ("calibration", calibration)):
             if value is not None:
                 raise ValueError(f"{name} must be None with a {type(config).__name__}, got {value!r}")
@@ -102,6 +108,8 @@ def inject(
             )
         if isinstance(config, TokenTuneConfig):
             return elimination.tune(model, config)
+        if isinstance(config, WTACRSConfig):
+            return wta_crs.sample(model, config)
         return elimination.eliminate(model, config)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return commit(
@@ -167,10 +175,10 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     """Puts the plain layer back in the place of every adapter layer, and undoes what `inject` froze.
 
     Biases and modules_to_save that were trained keep their trained values. Decoder layers that select tokens get
-    their class back; `elimination.remove` does that alone.
+    their class back, layers that sample gradients end it; `elimination.remove` and `wta_crs.remove` do that alone.
 
     Args:
-        model: a model with adapter layers of ours, or with layers that select tokens.
+        model: a model with adapter layers of ours, or with layers that select tokens or sample gradients.
         merge: True leaves the update in the weights, rounded once (for LoRA in a new weight tensor per layer; where
             it was tied to another module's, that tie ends, with a warning). False drops the update; the weights are
             the original ones, to the bit.
@@ -181,8 +189,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     """
     model = unwrapped(model)
     selects = bool(elimination.selective_layers(model))
-    if selects and not adapter_layers(model):
-        elimination.remove(model)
+    if not adapter_layers(model) and (selects or wta_crs.sampling_layers(model)):
+        _end_training_aids(model, selects)
         return
     layers = _present(model)
     if "" in layers:
@@ -214,10 +222,16 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         delattr(model, STATE)
         if injection.permutation is not None:
             injection.permutation.undo(model)
-    if selects:
-        elimination.remove(model)
+    _end_training_aids(model, selects)
     if tied:
         warnings.warn(f"merged weights are no longer tied to other modules': {shortened(tied, ', ')}", stacklevel=2)
+
+
+def _end_training_aids(model: nn.Module, eliminates: bool) -> None:
+    if eliminates:
+        elimination.remove(model)
+    if wta_crs.sampling_layers(model):
+        wta_crs.remove(model)
 
 
 def _tied_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:

@@ -32,6 +32,9 @@ class _LayersReport:
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = field(default=(), kw_only=True)
 
+    verdict: ClassVar[str] = "fused"
+    """What is said of a layer without a reason against it."""
+
     @property
     def fused(self) -> tuple[LayerReport, ...]:
         """The layers that run fused."""
@@ -47,10 +50,10 @@ class _LayersReport:
         groups: Counter[tuple[str, str]] = Counter()
         example: dict[tuple[str, str], str] = {}
         for layer in self.layers:
-            key = (layer.path.rpartition(".")[2], layer.reason or "fused")
+            key = (layer.path.rpartition(".")[2], layer.reason or self.verdict)
             groups[key] += 1
             example.setdefault(key, layer.path)
-        ordered = sorted(groups.items(), key=lambda item: (item[0][1] != "fused", -item[1]))
+        ordered = sorted(groups.items(), key=lambda item: (item[0][1] != self.verdict, -item[1]))
         width = max((len(name) for (name, _), _ in ordered), default=0)
         return [
             f"  {count:>5} x {name:<{width}}  {reason}" + (f"  ({example[name, reason]})" if count == 1 else "")
@@ -58,7 +61,7 @@ class _LayersReport:
         ]
 
     def __str__(self) -> str:
-        head = f"{type(self).__name__}: {len(self.fused)} of {len(self.layers)} layers fused"
+        head = f"{type(self).__name__}: {len(self.fused)} of {len(self.layers)} layers {self.verdict}"
         return "\n".join([head, *self._grouped(), *(f"  note: {note}" for note in self.notes)])
 
 
@@ -90,6 +93,22 @@ class InjectionReport(_LayersReport):
             f"trainable params: {self.trainable_parameters:,d} || all params: {self.all_parameters:,d} "
             f"|| trainable%: {share:.4f}"
         )
+
+
+@dataclass(frozen=True)
+class SamplingReport(_LayersReport):
+    """What `inject` with a `WTACRSConfig` did: every linear layer, sampling or left alone with the reason.
+
+    Attributes:
+        keep_ratio: share of the rows of its input that a sampling layer keeps for its weight gradient.
+    """
+
+    keep_ratio: float = field(default=1.0, kw_only=True)
+
+    verdict: ClassVar[str] = "sampling"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n  each keeps {self.keep_ratio:g} of its input's rows for the weight gradient"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from .sparse_delta import SparseDeltaConfig
 from .token_elimination import TokenEliminationConfig
 from .token_layers import TokenConfig
 from .token_tune import TokenTuneConfig
+from .wta_crs import WTACRSConfig
 
 __all__ = [
     "AdapterConfig",
@@ -16,4 +17,5 @@ __all__ = [
     "TokenConfig",
     "TokenEliminationConfig",
     "TokenTuneConfig",
+    "WTACRSConfig",
 ]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from .linear import FLOATING, take_over, takeover_obstacle
+from .row_sampling import RowSampling
 
-_ADAPTER_STATE = ("lora_a", "lora_b", "merged_weight", "options", "scaling", "lora_dropout")
+_ADAPTER_STATE = ("lora_a", "lora_b", "merged_weight", "options", "scaling", "lora_dropout", "row_sampling")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ class LoRALinear(nn.Linear):
     a layer without the original). `state_dict` always describes the unmerged layer; loading one into a merged layer
     merges anew; copying and pickling keep the layer merged.
 
+    A sampled gradient: with a `RowSampling` as `row_sampling` the layer keeps, in training, a sample of x's rows in the
+    place of x. The gradient of lora_a is then an unbiased estimate, all else exact; see `ops.sampled_lora_linear`.
+
     Raises:
         ValueError: a hyperparameter is out of range.
 
@@ -127,6 +131,7 @@ class LoRALinear(nn.Linear):
     options: LoRAOptions
     scaling: float
     lora_dropout: float
+    row_sampling: RowSampling | None = None
 
     def __init__(
         self,
@@ -230,8 +235,16 @@ class LoRALinear(nn.Linear):
         """x `[..., K]` to `[..., N]`; see `ops.lora_linear` for dtypes, errors and what is saved for backward."""
         if self.merged_weight is not None:
             return F.linear(x, self.merged_weight, self.bias)
+        if self.row_sampling is not None and self.training:
+            return self._sampled(x, self.row_sampling)
         return ops.lora_linear(
             x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, self.lora_dropout, self.training
+        )
+
+    def _sampled(self, x: Tensor, row_sampling: RowSampling) -> Tensor:
+        sample = row_sampling.sample(x, self.lora_a.requires_grad or self.weight.requires_grad)
+        return ops.sampled_lora_linear(
+            x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling, sample, self.lora_dropout, True
         )
 
     @property
@@ -277,6 +290,8 @@ class LoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         scheme = ", use_rslora=True" if self.options.use_rslora else ""
         merged = ", merged=True" if self.merged else ""
+        if self.row_sampling is not None:
+            merged += f", keep_ratio={self.row_sampling.keep_ratio:g}"
         return (
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
             f"{scheme}{merged}"

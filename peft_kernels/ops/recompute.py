@@ -84,10 +84,10 @@ class _Offer:
     ) -> None:
         _offers().remove(self)
 
-    def taken_for(self, x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
-        """The recipe if `x` is the offered tensor: itself, or other leading dimensions on the same rows."""
+    def matches(self, x: Tensor) -> bool:
+        """Whether `x` is the offered tensor: itself, or other leading dimensions on the same rows."""
         tensor = self._tensor
-        same = (
+        return (
             x.untyped_storage()._cdata == tensor.untyped_storage()._cdata  # which fakes of tensors have as well
             and x.storage_offset() == tensor.storage_offset()
             and x.numel() == tensor.numel()
@@ -96,7 +96,10 @@ class _Offer:
             and x.is_contiguous()
             and x._version == self._version  # of views it is shared: nobody has changed the tensor since
         )
-        if not same:
+
+    def taken_for(self, x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
+        """The recipe if `x` is the offered tensor."""
+        if not self.matches(x):
             return None
         self._recipe.kept_once_more()
         return self._recipe, self._sources
@@ -138,6 +141,13 @@ def offered(tensor: Tensor, sources: tuple[Tensor, ...], form: Form) -> Abstract
 
 
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def is_offered(x: Tensor) -> bool:
+    """Whether a layer of this library that would keep `x` finds it on offer."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(offer.matches(x) for offer in _offers())
 
 
 def to_save(ctx: Any, x: Tensor | None) -> tuple[Tensor | None, ...]:

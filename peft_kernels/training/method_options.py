@@ -60,6 +60,7 @@ METHODS_OF: dict[str, tuple[str, ...]] = {
     "chunked_loss": ADAPTERS,
     "loss_ratio": ADAPTERS,
     "reference_model": ADAPTERS,
+    "sampled_gradient": ("lora",),
 }
 """Options that mean nothing to other methods, and must keep their defaults there."""
 
@@ -137,10 +138,13 @@ def check(settings: Settings) -> None:
         raise UserError(f"--compare {settings.compare} goes with --method {_either(methods)}; this run has {method}")
     token_options.check(settings)
     _check_loss_ratio(settings)
-    if settings.compare == "dense" and not settings.selects_tokens and settings.loss_ratio is None:
+    sampled = settings.sampled_gradient
+    if sampled is not None and not 0.0 < sampled <= 1.0:
+        raise UserError(f"--sampled-gradient must be in (0, 1], got {sampled}")
+    if settings.compare == "dense" and not settings.selects_tokens and settings.loss_ratio is None and sampled is None:
         raise UserError(
-            "--compare dense needs --token-elimination, --token-tune or --loss-ratio; without them the run is dense "
-            "itself"
+            "--compare dense needs --token-elimination, --token-tune, --loss-ratio or --sampled-gradient; without them "
+            "the run is dense itself"
         )
     selections = SELECTIONS.get(method)
     if selections is not None and settings.selection not in selections:

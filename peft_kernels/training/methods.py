@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import peft_kernels as pk
+
 from ..channels import Slice
 from . import lora_arms, s2ft_arms, schedule_arms, sparse_delta_arms, token_arms
 from .arms import DENSE, Arm, copy_sharing_parameters, full_arm
@@ -50,6 +52,8 @@ def build_arms(
             arms.append(dense)
         if settings.selects_tokens:
             token_arms.select_tokens(arms[0], settings)
+        if settings.sampled_gradient is not None:
+            pk.inject(arms[0].model, pk.WTACRSConfig(settings.sampled_gradient))
     except (ValueError, TypeError) as error:
         if settings.trains_whole_model:
             raise UserError(f"--method {settings.method} does not fit this model: {error}") from error

@@ -138,6 +138,11 @@ def notes(result: RunResult) -> list[str]:
             f"that of {reference} most; its training loss is theirs, and its step times include the pass through "
             f"{reference}. Held-out loss is of all tokens."
         )
+    if result.settings.sampled_gradient is not None:
+        sentences.append(
+            f"Sampled gradient: adapter layers kept {result.settings.sampled_gradient:g} of the rows of their inputs "
+            "for the gradient of A, an unbiased estimate (WTA-CRS)."
+        )
     if len(result.arms) > 1:
         sentences.insert(0, _how_compared(result))
     if result.settings.dtype == "bfloat16" and (
@@ -222,6 +227,8 @@ def _without(settings: Settings) -> str:
         parts.append("selecting tokens for gradients")
     if settings.loss_ratio is not None:
         parts.append("selecting tokens for the loss")
+    if settings.sampled_gradient is not None:
+        parts.append("sampling gradients")
     return " or ".join(parts)
 
 

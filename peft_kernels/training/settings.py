@@ -96,6 +96,7 @@ class Settings:
     chunked_loss: bool | None = None
     loss_ratio: float | None = None
     reference_model: str | None = None
+    sampled_gradient: float | None = None
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     seq_len: int = 256
@@ -148,7 +149,7 @@ class Settings:
     @property
     def compares_one_function(self) -> bool:
         """Whether both arms compute and train the same, so that their loss curves agree up to rounding."""
-        if self.selects_tokens or self.loss_ratio is not None:
+        if self.selects_tokens or self.loss_ratio is not None or self.sampled_gradient is not None:
             return False
         return self.compare in ("shira", "paca") or (self.method, self.compare) == ("lora", "peft")
 
@@ -189,7 +190,9 @@ class Settings:
             "greentrainer": f"rho = {self.rho:g}, every {self.interval} steps",
         }
         learned = "" if self.loss_ratio is None else f", loss on {self.loss_ratio:g} of the tokens"
-        return f"{self.method}, {text[self.method]}{self._kept()}{learned}"
+        share = self.sampled_gradient
+        sampled = "" if share is None else f", gradients of A from {share:g} of the tokens"
+        return f"{self.method}, {text[self.method]}{self._kept()}{learned}{sampled}"
 
     def _kept(self) -> str:
         asked = self.token_elimination

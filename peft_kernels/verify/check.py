@@ -19,6 +19,7 @@ from . import (
     sparse_selection,
     token_elimination,
     token_selection,
+    wta_crs,
 )
 from .case import Case
 
@@ -31,6 +32,7 @@ FAMILIES = (
     token_selection,
     cross_entropy,
     deltas,
+    wta_crs,
 )
 """Modules that supply inputs: `OPERATORS`, names, and `cases(operator, dtype)`."""
 
