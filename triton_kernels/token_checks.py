@@ -37,6 +37,19 @@ def _row_values(op: str, name: str, target: Tensor, values: Tensor, rows: Tensor
     _dtype_of(op, "values", values, name, target.dtype)
 
 
+def _extents_meet(left: Tensor, right: Tensor) -> bool:
+    """Whether what lies between first and last byte of two matrices has bytes in common."""
+    if left.numel() == 0 or right.numel() == 0:
+        return False
+    (begin, end), (other_begin, other_end) = _extent(left), _extent(right)
+    return begin < other_end and other_begin < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> None:
     op = "gather_rows"
     _activations(op, "x", x)
@@ -52,6 +65,9 @@ def scatter_add_rows_(out: Tensor, values: Tensor, rows: Tensor) -> None:
     _row_values(op, "out", out, values, rows)
     if _overlaps_itself(out):
         _refuse(op, f"out is written in place and must not overlap itself, got strides {out.stride()}")
+    if _extents_meet(values, out):
+        expected = "values must share no memory with out, which is written in place"
+        _refuse(op, f"{expected}, got {_described(values)} for {_described(out)}")
 
 
 def gather_linear_scatter(

@@ -27,6 +27,21 @@ inline int64_t check_row_values(const char* op, const Tensor& target, const Tens
   return count;
 }
 
+// That values [S, C] share nothing with out [M, C], which is written: rows would be read when others have changed them.
+// What lies between the first byte of a matrix and its last one counts as its own.
+inline void check_values_apart(const char* op, const Tensor& values, const Tensor& out) {
+  if (values.numel() == 0 || out.numel() == 0) return;
+  const auto begin = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  const auto end = [&](const Tensor& tensor) {
+    const int64_t last = (tensor.size(0) - 1) * tensor.stride(0) + (tensor.size(1) - 1) * tensor.stride(1);
+    return begin(tensor) + (last + 1) * tensor.element_size();
+  };
+  STD_TORCH_CHECK(
+      end(values) <= begin(out) || end(out) <= begin(values), op,
+      ": values must share no memory with out, which is written in place, got ", described(values), " for ",
+      described(out));
+}
+
 // The weight [H] of a norm, in a dtype of its own.
 inline void check_norm_weight(
     const char* op, const Tensor& weight, int64_t columns, const Tensor& like, bool takes_float64) {

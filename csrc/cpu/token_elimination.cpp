@@ -70,6 +70,7 @@ void scatter_add_rows_(Tensor out, Tensor values, Tensor rows) {
   check_activations(op, "out", out, true);
   check_row_values(op, out, values, rows);
   check_apart(op, "out", out);
+  check_values_apart(op, values, out);
   const RowList list = RowList::sorted(op, rows, out.size(0));
   const MatrixRows from(values);
   const int64_t columns = out.size(1), column_stride = columns <= 1 ? 1 : out.stride(1), bytes = out.element_size();

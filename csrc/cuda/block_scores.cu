@@ -4,12 +4,15 @@
 // FLOP: B heads D T^2 for the tiles on and below the diagonal, 1.1 TFLOP at T = 16384 and 32 heads of 128; float makes
 // three tf32 products of that. Bytes: for each tile 64 rows of q and of k for all heads, 128 heads D e, which come from
 // L2: 32 FLOP per byte in 16 bits, so that L2 bounds it, 34 GB or some 6 ms at that size and 5.5 TB/s [calculated].
-// Scratch: 4 bytes for each pair of a block of queries and one of keys.
+// Scratch: 4 bytes for each tile of queries and block of keys where tiles are made of whole blocks, B T^2 / (16 block
+// size) bytes; else for each pair of a block of queries and one of keys, of which blocks of 17 tokens make most.
 //
 // A block of threads has 64 queries and 64 keys. The main loop goes through the heads as if they were one depth, and
 // between two of them what it has summed is added, its positive part, to a second set of sums; so two heads never wait
-// for each other. What a pair of blocks has of these as its maximum is found by atomics on the bits of floats that are
-// not negative, whose order does not show; blocks of queries are added afterwards, in their order.
+// for each other. What a pair of blocks has of these as its maximum is found on the bits of floats that are not
+// negative. A tile of whole blocks has its own pairs: it finds their maxima in shared memory and adds its blocks of
+// queries. Tiles that share blocks, long ones and those that would leave much of a tile empty, meet by atomics, whose
+// order does not show. What is left to add is added afterwards, in the order of the queries.
 #include <cuda_runtime.h>
 #include <launch.cuh>
 #include <shared_memory.h>
@@ -55,12 +58,13 @@ class HeadsLoader {
   static constexpr int kRowStep = kThreads / Tile::kChunks, kShare = Tile::kRows / kRowStep;
 
  public:
-  __device__ __forceinline__ HeadsLoader(const HeadsView& view, int64_t batch_offset, int block, int steps, int thread)
+  __device__ __forceinline__
+  HeadsLoader(const HeadsView& view, int64_t batch_offset, int64_t first_row, int steps, int thread)
       : view_(view),
         batch_offset_(batch_offset),
         row_(thread / Tile::kChunks),
         chunk_(thread % Tile::kChunks),
-        first_row_(int64_t{block} * kSide),
+        first_row_(first_row),
         steps_(steps) {}
 
   __device__ __forceinline__ void issue(Element* tile, int step) {
@@ -116,9 +120,9 @@ class FoldingLoader : public HeadsLoader<Element> {
 
  public:
   __device__ __forceinline__ FoldingLoader(
-      const HeadsView& view, int64_t batch_offset, int block, int steps, int thread, SumsOfHeads& sums,
+      const HeadsView& view, int64_t batch_offset, int64_t first_row, int steps, int thread, SumsOfHeads& sums,
       SumsOfHeads& positive)
-      : HeadsLoader<Element>(view, batch_offset, block, steps, thread), sums_(sums), positive_(positive) {}
+      : HeadsLoader<Element>(view, batch_offset, first_row, steps, thread), sums_(sums), positive_(positive) {}
 
   __device__ __forceinline__ void arrived(Element*, int step) {
     if (step > 0 && step % this->steps_ == 0) add_positive(positive_, sums_);
@@ -133,12 +137,93 @@ struct ScoresArguments {
   int64_t q_batch_stride, k_batch_stride;
   const int32_t* starts;  // null: from the first token
   int64_t starts_batch_stride, starts_stride;
-  uint32_t* largest;  // [blocks of queries, B, blocks of keys], zeros before
+  uint32_t* partial;  // bits of float [blocks of queries or tiles of whole ones, B, blocks of keys], zeros before
   int64_t sequences, block_size, key_blocks;
   int heads, steps;  // of a head
+  int blocks;        // how many whole ones a tile has; 0: tiles share blocks
+  int side;          // queries, and keys, from one tile to the next
 };
 
-// Grid: blocks of keys, of queries, sequences.
+constexpr int kScoreStride = kSide + 8;  // so that a warp writes its pairs to different banks
+static_assert(kSide * kScoreStride * sizeof(float) <= ScoreShape<float>::kStages * 2 * ScoreTile<float>::kBytes);
+
+// What becomes of a tile of scores [kSide, kScoreStride], which is overwritten. A thread looks at one key, a warp at 32
+// neighbors, and the queries that it looks at are those of its warp.
+class ScoreReduction {
+ public:
+  __device__ __forceinline__
+  ScoreReduction(const ScoresArguments& a, float* scores, int64_t first_query, int64_t first_key, int thread)
+      : a_(a),
+        scores_(scores),
+        first_query_(first_query),
+        first_key_(first_key),
+        key_(first_key + thread % kSide),
+        thread_(thread),
+        column_(thread % kSide),
+        part_(thread / kSide) {}
+
+  // Of tiles of whole blocks: over the blocks of queries, in order, the sum of each one's maximum with a block of keys.
+  __device__ __forceinline__ void add_blocks() {
+    const int size = static_cast<int>(a_.block_size);
+    for (int block = part_; block < a_.blocks; block += kParts) {
+      scores_[block * size * kScoreStride + column_] = __uint_as_float(largest_of(block * size, (block + 1) * size));
+    }
+    __syncthreads();
+    const int64_t key_block = int64_t{blockIdx.x} * a_.blocks + thread_;
+    if (thread_ >= a_.blocks || key_block >= a_.key_blocks) return;
+    float sum = 0.0f;
+    for (int block = 0; block < a_.blocks; ++block) {
+      const float* row = scores_ + block * size * kScoreStride + thread_ * size;
+      uint32_t largest = 0;
+      for (int column = 0; column < size; ++column) largest = max(largest, __float_as_uint(row[column]));
+      sum += __uint_as_float(largest);
+    }
+    *partial(blockIdx.y, key_block) = __float_as_uint(sum);
+  }
+
+  // Of tiles that share blocks: into the maximum of each pair of blocks.
+  __device__ __forceinline__ void meet() {
+    constexpr int kRows = kSide / kParts;
+    const bool one_key_block = first_key_ / a_.block_size == (first_key_ + kSide - 1) / a_.block_size;
+    for (int row = part_ * kRows, end = row + kRows; row < end;) {
+      const int64_t block = (first_query_ + row) / a_.block_size;
+      const int next = static_cast<int>(min(int64_t{end}, (block + 1) * a_.block_size - first_query_));
+      uint32_t largest = largest_of(row, next);
+      if (one_key_block) largest = __reduce_max_sync(~0u, largest);
+      if (largest > 0 && (!one_key_block || thread_ % kLanes == 0)) {
+        atomicMax(partial(block, key_ / a_.block_size), largest);
+      }
+      row = next;
+    }
+  }
+
+ private:
+  static constexpr int kParts = ScoreShape<float>::kThreads / kSide;
+
+  // Of these rows of the tile, in bits, whose order is that of the scores, with NaN above all; 0 where none counts.
+  __device__ __forceinline__ uint32_t largest_of(int row, int end) const {
+    uint32_t largest = 0;
+    if (key_ >= a_.key_blocks * a_.block_size) return largest;
+    for (; row < end && first_query_ + row < a_.q.tokens; ++row) {
+      const int64_t query = first_query_ + row;
+      const int64_t start =
+          a_.starts == nullptr ? 0 : a_.starts[blockIdx.z * a_.starts_batch_stride + query * a_.starts_stride];
+      const uint32_t bits = __float_as_uint(scores_[row * kScoreStride + column_]) & 0x7FFFFFFFu;
+      if (key_ >= start && key_ <= query) largest = max(largest, bits);
+    }
+    return largest;
+  }
+  __device__ __forceinline__ uint32_t* partial(int64_t row, int64_t key_block) const {
+    return a_.partial + (row * a_.sequences + blockIdx.z) * a_.key_blocks + key_block;
+  }
+
+  const ScoresArguments& a_;
+  float* const scores_;
+  const int64_t first_query_, first_key_, key_;
+  const int thread_, column_, part_;
+};
+
+// Grid: tiles of keys, of queries, sequences.
 template <typename Element>
 __global__ void __launch_bounds__(ScoreShape<Element>::kThreads, 3)
     block_scores_kernel(const __grid_constant__ ScoresArguments a) {
@@ -151,42 +236,26 @@ __global__ void __launch_bounds__(ScoreShape<Element>::kThreads, 3)
   Sums<Shape> sums, positive;
   sums.clear();
   positive.clear();
-  Left left(a.q, batch * a.q_batch_stride, static_cast<int>(blockIdx.y), a.steps, thread, sums, positive);
-  Right right(a.k, batch * a.k_batch_stride, static_cast<int>(blockIdx.x), a.steps, thread);
-  Loop loop(left, right, a.heads * a.steps, dynamic_shared_memory<unsigned char>());
+  const int64_t first_query = int64_t{blockIdx.y} * a.side, first_key = int64_t{blockIdx.x} * a.side;
+  auto* shared = dynamic_shared_memory<unsigned char>();
+  Left left(a.q, batch * a.q_batch_stride, first_query, a.steps, thread, sums, positive);
+  Right right(a.k, batch * a.k_batch_stride, first_key, a.steps, thread);
+  Loop loop(left, right, a.heads * a.steps, shared);
   loop.start();
   loop.run(thread, sums);
   add_positive(positive, sums);
 
-  const int64_t first_query = int64_t{blockIdx.y} * kSide, first_key = int64_t{blockIdx.x} * kSide;
-  const bool one_pair = first_query / a.block_size == (first_query + kSide - 1) / a.block_size &&
-                        first_key / a.block_size == (first_key + kSide - 1) / a.block_size;
-  const int64_t last_key = a.key_blocks * a.block_size;
-  uint32_t own = 0;  // of a block of threads within one pair
-  const auto count = [&](int64_t query, int64_t key, int64_t start, float value) {
-    const uint32_t bits = __float_as_uint(value) & 0x7FFFFFFFu;
-    if (query >= a.q.tokens || key >= last_key || key > query || key < start || bits == 0) return;
-    if (one_pair) {
-      own = max(own, bits);
-      return;
-    }
-    const int64_t row = query / a.block_size * a.sequences + batch;
-    atomicMax(a.largest + row * a.key_blocks + key / a.block_size, bits);
-  };
+  __syncthreads();  // the stages are free
+  auto* scores = reinterpret_cast<float*>(shared);
   positive.for_each_pair(thread, [&](int row, int column, float& first, float& second) {
-    const int64_t query = first_query + row, key = first_key + column;
-    int64_t start = 0;
-    if (a.starts != nullptr && query < a.q.tokens) {
-      start = a.starts[batch * a.starts_batch_stride + query * a.starts_stride];
-    }
-    count(query, key, start, first);
-    count(query, key + 1, start, second);
+    *reinterpret_cast<float2*>(scores + row * kScoreStride + column) = make_float2(first, second);
   });
-  if (!one_pair) return;
-  own = __reduce_max_sync(~0u, own);
-  if (thread % kLanes == 0 && own > 0) {
-    const int64_t row = first_query / a.block_size * a.sequences + batch;
-    atomicMax(a.largest + row * a.key_blocks + first_key / a.block_size, own);
+  __syncthreads();
+  ScoreReduction reduction(a, scores, first_query, first_key, thread);
+  if (a.blocks > 0) {
+    reduction.add_blocks();
+  } else {
+    reduction.meet();
   }
 }
 
@@ -214,9 +283,16 @@ Tensor block_scores(const Tensor& q, const Tensor& k, int64_t block_size, std::o
   const int64_t sequences = q.size(0), tokens = q.size(2), key_blocks = tokens / block_size;
   Tensor scores = torch::stable::new_empty(q, {sequences, key_blocks}, ScalarType::Float);
   if (scores.numel() == 0) return scores;
-  const int64_t query_blocks = (tokens + block_size - 1) / block_size;
-  const Tensor largest = torch::stable::new_zeros(q, {query_blocks, sequences, key_blocks}, ScalarType::Float);
   ScoresArguments a = {};
+  a.side = kSide;
+  // Whole blocks leave the rest of a tile empty: none for those that divide it, little for short ones.
+  if (block_size < kSide && (kSide % block_size == 0 || block_size <= kSide / 4)) {
+    a.blocks = static_cast<int>(kSide / block_size);
+    a.side = static_cast<int>(a.blocks * block_size);
+  }
+  const int64_t tiles = (tokens + a.side - 1) / a.side, query_blocks = (tokens + block_size - 1) / block_size;
+  const Tensor partial =
+      torch::stable::new_zeros(q, {a.blocks > 0 ? tiles : query_blocks, sequences, key_blocks}, ScalarType::Float);
   a.q = heads_view(q, 1);
   a.k = heads_view(k, q.size(1) / k.size(1));
   a.q_batch_stride = q.stride(0);
@@ -226,7 +302,7 @@ Tensor block_scores(const Tensor& q, const Tensor& k, int64_t block_size, std::o
     a.starts_batch_stride = starts->stride(0);
     a.starts_stride = starts->stride(1);
   }
-  a.largest = static_cast<uint32_t*>(largest.mutable_data_ptr());
+  a.partial = static_cast<uint32_t*>(partial.mutable_data_ptr());
   a.sequences = sequences;
   a.block_size = block_size;
   a.key_blocks = key_blocks;
@@ -236,18 +312,17 @@ Tensor block_scores(const Tensor& q, const Tensor& k, int64_t block_size, std::o
     using Shape = ScoreShape<Element>;
     constexpr int kDepth = ScoreTile<Element>::kDepth;
     a.steps = (a.q.width + kDepth - 1) / kDepth;
-    const int64_t tiles = (tokens + kSide - 1) / kSide;
     const Grid grid = {
-        .x = (key_blocks * block_size + kSide - 1) / kSide,
+        .x = (key_blocks * block_size + a.side - 1) / a.side,
         .y = tiles,
         .z = sequences,
         .threads = Shape::kThreads,
         .dynamic_shared_bytes = Shape::kStages * 2 * ScoreTile<Element>::kBytes};
     launch(
         op, grid, block_scores_kernel<Element>, a,
-        {{"q", q}, {"k", k}, {"starts", starts.has_value() ? *starts : q}, {"largest", largest, Access::write}});
+        {{"q", q}, {"k", k}, {"starts", starts.has_value() ? *starts : q}, {"partial", partial, Access::write}});
   });
-  add_partial_sums(op, largest, scores);
+  add_partial_sums(op, partial, scores);
   return scores;
 }
 

@@ -171,6 +171,7 @@ void scatter_add_rows_(Tensor out, const Tensor& values, const Tensor& rows) {
   check_activations(op, "out", out, kTakesFloat64);
   check_apart(op, "out", out);
   check_row_values(op, out, values, rows);
+  check_values_apart(op, values, out);
   if (values.numel() == 0 || out.numel() == 0) return;
   const DeviceGuard guard(out.get_device_index());
   const Tensor own_rows = torch::stable::contiguous(rows);

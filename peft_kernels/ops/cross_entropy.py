@@ -15,10 +15,12 @@ from .. import backends
 from ..reference import cross_entropy as reference
 from ..reference.lora import accumulation_dtype, as_rows
 from ._autocast import autocast_dtype
+from ._checks import FLOATING as _FLOATING
+from ._checks import describe as _describe
+from ._checks import transforms_active as _transforms_active
 from ._register import register_operator
 from .counted_labels import Counted, counted_labels
 from .cross_entropy_chunks import Chunks, LinearCrossEntropyFunction
-from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
 """What the logits of a chunk take, by device type, where the caller does not say how many rows it has."""

@@ -15,10 +15,9 @@ from ..reference import philox
 from ..reference.lora import accumulation_dtype, as_rows
 from . import recompute
 from ._autocast import autocast_dtype
+from ._checks import FLOATING, describe, transforms_active
 from ._register import register_operator, triton_launchers
 from ._views import no_view
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake_dropout_mask(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -> Tensor:
@@ -204,47 +203,43 @@ def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-
     return dx, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-
-
 def _check_base(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
-        raise TypeError(f"lora_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
+        raise TypeError(f"lora_linear: {name} must have x's dtype, {x.dtype}, got {describe(tensor)}")
     if tensor.device != x.device:
-        raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+        raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {describe(tensor)}")
 
 
 def _check_factor(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype not in _FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+    if tensor.dtype not in FLOATING or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(
             f"lora_linear: {name} must be float32, bfloat16 or float16 (float64 if and only if x is), "
-            f"got {_describe(tensor)} with x {_describe(x)}"
+            f"got {describe(tensor)} with x {describe(x)}"
         )
     if tensor.device != x.device:
-        raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+        raise ValueError(f"lora_linear: {name} must be on x's device, {x.device}, got {describe(tensor)}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> None:
     """Raises before anything runs; every message names the argument, what was expected and what came."""
     if weight.dim() != 2:
-        raise ValueError(f"lora_linear: weight must be 2-D [out_features, in_features], got {_describe(weight)}")
+        raise ValueError(f"lora_linear: weight must be 2-D [out_features, in_features], got {describe(weight)}")
     out_features, in_features = weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"lora_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
+        raise ValueError(f"lora_linear: x must be [..., {in_features}] to match weight, got {describe(x)}")
     if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] < 1:
-        raise ValueError(f"lora_linear: lora_a must be [r, {in_features}] with r >= 1, got {_describe(lora_a)}")
+        raise ValueError(f"lora_linear: lora_a must be [r, {in_features}] with r >= 1, got {describe(lora_a)}")
     if lora_b.shape != (out_features, lora_a.shape[0]):
         raise ValueError(
             f"lora_linear: lora_b must be [{out_features}, {lora_a.shape[0]}] to match weight and lora_a, "
-            f"got {_describe(lora_b)}"
+            f"got {describe(lora_b)}"
         )
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, got {_describe(x)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"lora_linear: x must be float32, bfloat16, float16 or float64, got {describe(x)}")
     _check_base("weight", weight, x)
     if bias is not None:
         if bias.shape != (out_features,):
-            raise ValueError(f"lora_linear: bias must be [{out_features}], got {_describe(bias)}")
+            raise ValueError(f"lora_linear: bias must be [{out_features}], got {describe(bias)}")
         _check_base("bias", bias, x)
     _check_factor("lora_a", lora_a, x)
     _check_factor("lora_b", lora_b, x)
@@ -255,7 +250,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
 # torch.func's transforms need rules for every operator they meet; the reference is made of torch's own, which do.
 # Without them the base class's apply does all that Function.apply does, in a call that a small layer can afford.
 _apply = super(torch.autograd.Function, LoRALinearFunction).apply
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def draw_rng_state(device: torch.device) -> Tensor:
@@ -306,8 +300,8 @@ def lora_linear(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        if x.dtype in _FLOATING and x.dtype != torch.float64:
-            x, weight = x.to(dtype), weight.to(dtype)
+        if x.dtype in FLOATING and x.dtype != torch.float64:
+            x, weight = recompute.cast(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, training)
@@ -317,7 +311,7 @@ def lora_linear(
     p = dropout_p if active else 0.0
     if torch.compiler.is_compiling():
         apply = LoRALinearFunction.apply
-    elif _transforms_active():
+    elif transforms_active():
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, scaling, p, rng_state)
     else:
         apply = _apply

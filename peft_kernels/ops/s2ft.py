@@ -15,9 +15,9 @@ from ..reference import s2ft as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
+from ._checks import FLOATING, check_sorted, describe, transforms_active
 from ._register import fake_in_place, register_operator, triton_launchers
 from ._views import no_view
-from .sparse_delta import _FLOATING, _describe, _transforms_active, check_sorted
 
 DIMS = {"output": 0, "input": 1}
 """Whose channels train to the dimension of weight `[N, K]` that they are counted along."""
@@ -203,21 +203,21 @@ def _check(
         raise ValueError(f"s2ft_linear: dim must be 'input' or 'output', got {dim!r}")
     if weight.dim() != 2:
         sizes = "[in_features, out_features]" if transposed else "[out_features, in_features]"
-        raise ValueError(f"s2ft_linear: weight must be 2-D {sizes}, got {_describe(weight)}")
+        raise ValueError(f"s2ft_linear: weight must be 2-D {sizes}, got {describe(weight)}")
     out_features, in_features = reversed(weight.shape) if transposed else weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"s2ft_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"s2ft_linear: x must be float32, bfloat16, float16 or float64, got {_describe(x)}")
+        raise ValueError(f"s2ft_linear: x must be [..., {in_features}] to match weight, got {describe(x)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"s2ft_linear: x must be float32, bfloat16, float16 or float64, got {describe(x)}")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"s2ft_linear: bias must be [{out_features}], got {_describe(bias)}")
+        raise ValueError(f"s2ft_linear: bias must be [{out_features}], got {describe(bias)}")
     for name, tensor in (("weight", weight), ("bias", bias), ("x_slice", x_slice)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"s2ft_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
+            raise TypeError(f"s2ft_linear: {name} must have x's dtype, {x.dtype}, got {describe(tensor)}")
     if indices.dtype != torch.int64:
-        raise TypeError(f"s2ft_linear: indices must be int64, got {_describe(indices)}")
+        raise TypeError(f"s2ft_linear: indices must be int64, got {describe(indices)}")
     if indices.dim() != 1:
-        raise ValueError(f"s2ft_linear: indices must be 1-D, got {_describe(indices)}")
+        raise ValueError(f"s2ft_linear: indices must be 1-D, got {describe(indices)}")
     count = indices.shape[0]
     shape = (count, in_features) if dim == "output" else (out_features, count)
     if transposed:
@@ -225,23 +225,23 @@ def _check(
     if trainable.shape != shape:
         raise ValueError(
             f"s2ft_linear: trainable must be {list(shape)}, the slice of weight at indices along its {dim}, "
-            f"got {_describe(trainable)}"
+            f"got {describe(trainable)}"
         )
-    if trainable.dtype not in _FLOATING or (trainable.dtype == torch.float64) != (x.dtype == torch.float64):
+    if trainable.dtype not in FLOATING or (trainable.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(
             "s2ft_linear: trainable must be float32, bfloat16 or float16 (float64 if and only if x is), "
-            f"got {_describe(trainable)} with x {_describe(x)}"
+            f"got {describe(trainable)} with x {describe(x)}"
         )
     if x_slice is not None and dim != "input":
-        raise ValueError(f"s2ft_linear: x_slice goes with dim 'input', got {_describe(x_slice)} with dim {dim!r}")
+        raise ValueError(f"s2ft_linear: x_slice goes with dim 'input', got {describe(x_slice)} with dim {dim!r}")
     if x_slice is not None and x_slice.shape != (*x.shape[:-1], count):
         raise ValueError(
-            f"s2ft_linear: x_slice must be {[*x.shape[:-1], count]}, x at indices, got {_describe(x_slice)}"
+            f"s2ft_linear: x_slice must be {[*x.shape[:-1], count]}, x at indices, got {describe(x_slice)}"
         )
     others = {"weight": weight, "bias": bias, "trainable": trainable, "indices": indices, "x_slice": x_slice}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"s2ft_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+            raise ValueError(f"s2ft_linear: {name} must be on x's device, {x.device}, got {describe(tensor)}")
 
 
 # The base class's apply spares a small layer the price of Function.apply, as for sparse_delta_linear.
@@ -299,9 +299,9 @@ def s2ft_linear(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        if x.dtype in _FLOATING and x.dtype != torch.float64:
+        if x.dtype in FLOATING and x.dtype != torch.float64:
             rewrite = rewrite and weight.dtype == dtype  # a cast makes a copy, which nobody gathers anew
-            x, weight = x.to(dtype), weight.to(dtype)
+            x, weight = recompute.cast(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             x_slice = None if x_slice is None else x_slice.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -316,7 +316,7 @@ def s2ft_linear(
         return S2FTLinearFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, weight, bias, trainable, indices, x_slice, along, rewrite, transposed, backend
         )
-    if _transforms_active():
+    if transforms_active():
         if transposed:
             weight, trainable = weight.t(), trainable.t()
         return reference.s2ft_linear(x, weight, bias, trainable, indices, along)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import backends
 from ..reference import s2ft as reference
 from ..reference.lora import as_rows
+from ._checks import FLOATING, describe, transforms_active
 from ._views import no_view
-from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -52,25 +52,25 @@ class SwiGLUFunction(torch.autograd.Function):
 
 def _check_gate(op: str, gate: Tensor, up: Tensor) -> None:
     if gate.dim() < 1:
-        raise ValueError(f"{op}: gate must be [..., K], got {_describe(gate)}")
-    if gate.dtype not in _FLOATING:
-        raise TypeError(f"{op}: gate must be float32, bfloat16, float16 or float64, got {_describe(gate)}")
+        raise ValueError(f"{op}: gate must be [..., K], got {describe(gate)}")
+    if gate.dtype not in FLOATING:
+        raise TypeError(f"{op}: gate must be float32, bfloat16, float16 or float64, got {describe(gate)}")
     if up.shape != gate.shape:
-        raise ValueError(f"{op}: up must be {list(gate.shape)} like gate, got {_describe(up)}")
+        raise ValueError(f"{op}: up must be {list(gate.shape)} like gate, got {describe(up)}")
     if up.dtype != gate.dtype:
-        raise TypeError(f"{op}: up must have gate's dtype, {gate.dtype}, got {_describe(up)}")
+        raise TypeError(f"{op}: up must have gate's dtype, {gate.dtype}, got {describe(up)}")
     if up.device != gate.device:
-        raise ValueError(f"{op}: up must be on gate's device, {gate.device}, got {_describe(up)}")
+        raise ValueError(f"{op}: up must be on gate's device, {gate.device}, got {describe(up)}")
 
 
 def _check(gate: Tensor, up: Tensor, indices: Tensor) -> None:
     _check_gate("swiglu_s2ft", gate, up)
     if indices.dtype != torch.int64:
-        raise TypeError(f"swiglu_s2ft: indices must be int64, got {_describe(indices)}")
+        raise TypeError(f"swiglu_s2ft: indices must be int64, got {describe(indices)}")
     if indices.dim() != 1:
-        raise ValueError(f"swiglu_s2ft: indices must be 1-D, got {_describe(indices)}")
+        raise ValueError(f"swiglu_s2ft: indices must be 1-D, got {describe(indices)}")
     if indices.device != gate.device:
-        raise ValueError(f"swiglu_s2ft: indices must be on gate's device, {gate.device}, got {_describe(indices)}")
+        raise ValueError(f"swiglu_s2ft: indices must be on gate's device, {gate.device}, got {describe(indices)}")
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     _check_gate("swiglu", gate, up)
     if torch.compiler.is_compiling():
         apply = SwiGLUFunction.apply
-    elif _transforms_active():
+    elif transforms_active():
         none = gate.new_empty(0, dtype=torch.int64)
         return reference.swiglu(as_rows(gate), as_rows(up), none)[0].view(gate.shape)
     else:
@@ -128,7 +128,7 @@ def swiglu_s2ft(gate: Tensor, up: Tensor, indices: Tensor) -> tuple[Tensor, Tens
     _check(gate, up, indices)
     if torch.compiler.is_compiling():
         apply = SwiGLUFunction.apply
-    elif _transforms_active():
+    elif transforms_active():
         h, x_slice = reference.swiglu(as_rows(gate), as_rows(up), indices)
         return h.view(gate.shape), x_slice.view(*gate.shape[:-1], indices.shape[0])
     else:

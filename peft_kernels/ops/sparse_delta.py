@@ -18,13 +18,12 @@ from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
+from ._checks import FLOATING, check_sorted, describe, transforms_active
 from ._register import fake_in_place, register_operator, triton_launchers
 from ._views import no_view
 
 Observer = Callable[[Tensor, Tensor], None]
 """What may look at a layer's backward pass: it is called with grad_out `[M, N]` and x `[M, K]`."""
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_indices(indices: Tensor, numel: int) -> None:
@@ -42,43 +41,6 @@ def check_indices(indices: Tensor, numel: int) -> None:
         ValueError: anything else; the message names the first entry that is wrong.
     """
     check_sorted(indices, numel, (torch.int32, torch.int64), "the weight has elements")
-
-
-def check_sorted(indices: Tensor, size: int, dtypes: tuple[torch.dtype, ...], counted: str) -> None:
-    """Raises as `check_indices` does unless `indices` are sorted and unique in `[0, size)` and of one of `dtypes`.
-
-    `counted` says in the message what `size` counts.
-    """
-    if indices.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"indices must be {names}, got {_described(indices)}")
-    if indices.dim() != 1:
-        raise ValueError(f"indices must be 1-D, got {_described(indices)}")
-    if not indices.is_contiguous():
-        raise ValueError(f"indices must be contiguous, got {_described(indices)} with stride {indices.stride(0)}")
-    if indices.numel() > size:
-        raise ValueError(f"indices must be at most as many as {counted}, {size}, got {_described(indices)}")
-    # An int32 tensor cannot be compared with a number that int32 does not hold; it is below such a number anyway.
-    largest = min(size - 1, torch.iinfo(indices.dtype).max)
-    at = _first((indices < 0) | (indices > largest))
-    if at is not None:
-        raise ValueError(f"indices must be in [0, {size}), got {int(indices[at])} at position {at}")
-    at = _first(indices[1:] <= indices[:-1])
-    if at is None:
-        return
-    before, after = indices[at : at + 2].tolist()
-    if before == after:
-        raise ValueError(f"indices must be unique, got {after} at positions {at} and {at + 1}")
-    raise ValueError(f"indices must be sorted, got {after} at position {at + 1} after {before}")
-
-
-def _first(wrong: Tensor) -> int | None:
-    """The first position where `wrong` is true."""
-    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _fake_sampled_product(grad_out: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,15 +91,15 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         if autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
             with torch.autocast(grad_out.device.type, enabled=False):
                 return SparseDeltaLinearFunction.backward(ctx, grad_out)
-        weight, values, indices, original, *inputs = ctx.saved_tensors
+        weight, values, indices, original, *inputs = ctx.saved_tensors  # which checkpointing lets out once
         need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         if original is not None:
             write = backends.kernel("scatter_write_", weight.device.type, weight.dtype, ctx.backend)
             write(weight.detach(), indices, original, values.detach())
-        if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
-            return _differentiable_backward(ctx, grad_out)
-        dy = as_rows(grad_out)
         x = recompute.saved(ctx, inputs)
+        if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
+            return _differentiable_backward(ctx, (x, weight, values, indices), grad_out)
+        dy = as_rows(grad_out)
         rows = None if x is None else as_rows(x)
         dx = grad_weight = grad_bias = grad_values = None
         if need_x:
@@ -158,10 +120,9 @@ def _observe(ctx, dy: Tensor, rows: Tensor) -> None:  # type: ignore[no-untyped-
         ctx.observer(dy.detach(), rows.detach())  # what is looked at later must not hold a graph
 
 
-def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+def _differentiable_backward(ctx, saved: tuple[Tensor, ...], grad_out: Tensor):  # type: ignore[no-untyped-def]
     """The gradients of the reference, so that they can be differentiated again."""
-    weight, values, indices, _, *inputs = ctx.saved_tensors
-    x = recompute.saved(ctx, inputs)
+    x, weight, values, indices = saved
     need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
     dx = grad_weight = grad_bias = grad_values = None
     if need_x:
@@ -183,58 +144,51 @@ def _transposed(indices: Tensor, shape: torch.Size) -> Tensor:
     return positions % columns * rows + positions // columns
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{_described(tensor)} on {tensor.device}"
-
-
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, original: Tensor | None
 ) -> None:
     """Raises before anything runs; every message names the argument, what was expected and what came."""
     if weight.dim() != 2:
-        raise ValueError(
-            f"sparse_delta_linear: weight must be 2-D [out_features, in_features], got {_describe(weight)}"
-        )
+        raise ValueError(f"sparse_delta_linear: weight must be 2-D [out_features, in_features], got {describe(weight)}")
     out_features, in_features = weight.shape
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(f"sparse_delta_linear: x must be [..., {in_features}] to match weight, got {_describe(x)}")
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"sparse_delta_linear: x must be float32, bfloat16, float16 or float64, got {_describe(x)}")
+        raise ValueError(f"sparse_delta_linear: x must be [..., {in_features}] to match weight, got {describe(x)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"sparse_delta_linear: x must be float32, bfloat16, float16 or float64, got {describe(x)}")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"sparse_delta_linear: bias must be [{out_features}], got {_describe(bias)}")
+        raise ValueError(f"sparse_delta_linear: bias must be [{out_features}], got {describe(bias)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"sparse_delta_linear: {name} must have x's dtype, {x.dtype}, got {_describe(tensor)}")
-    if values.dtype not in _FLOATING or (values.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise TypeError(f"sparse_delta_linear: {name} must have x's dtype, {x.dtype}, got {describe(tensor)}")
+    if values.dtype not in FLOATING or (values.dtype == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(
             "sparse_delta_linear: values must be float32, bfloat16 or float16 (float64 if and only if x is), "
-            f"got {_describe(values)} with x {_describe(x)}"
+            f"got {describe(values)} with x {describe(x)}"
         )
     if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"sparse_delta_linear: indices must be int32 or int64, got {_describe(indices)}")
+        raise TypeError(f"sparse_delta_linear: indices must be int32 or int64, got {describe(indices)}")
     if indices.dim() != 1 or values.shape != indices.shape:
         raise ValueError(
             "sparse_delta_linear: values and indices must be 1-D and of the same length, "
-            f"got {_describe(values)} and {_describe(indices)}"
+            f"got {describe(values)} and {describe(indices)}"
         )
     if original is not None and original.shape != indices.shape:
         raise ValueError(
-            f"sparse_delta_linear: original must be {list(indices.shape)}, one per entry, got {_describe(original)}"
+            f"sparse_delta_linear: original must be {list(indices.shape)}, one per entry, got {describe(original)}"
         )
     if original is not None and original.dtype != weight.dtype:
         raise TypeError(
-            f"sparse_delta_linear: original must have weight's dtype, {weight.dtype}, got {_describe(original)}"
+            f"sparse_delta_linear: original must have weight's dtype, {weight.dtype}, got {describe(original)}"
         )
     others = {"weight": weight, "bias": bias, "values": values, "indices": indices, "original": original}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"sparse_delta_linear: {name} must be on x's device, {x.device}, got {_describe(tensor)}")
+            raise ValueError(f"sparse_delta_linear: {name} must be on x's device, {x.device}, got {describe(tensor)}")
 
 
 # As for lora_linear: torch.func's transforms take the reference apart; the base class's apply spares a small layer the
 # price of Function.apply.
 _apply = super(torch.autograd.Function, SparseDeltaLinearFunction).apply
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def sparse_delta_linear(
@@ -280,17 +234,17 @@ def sparse_delta_linear(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        if x.dtype in _FLOATING and x.dtype != torch.float64:
+        if x.dtype in FLOATING and x.dtype != torch.float64:
             if weight.dtype != dtype:
                 original = None  # the cast makes a copy, which holds the delta and which nobody gathers anew
-            x, weight = x.to(dtype), weight.to(dtype)
+            x, weight = recompute.cast(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return sparse_delta_linear(x, weight, bias, values, indices, original=original, observer=observer)
     _check(x, weight, bias, values, indices, original)
     if torch.compiler.is_compiling():
         apply = SparseDeltaLinearFunction.apply
-    elif _transforms_active():
+    elif transforms_active():
         return reference.sparse_delta_linear(x, weight, bias, values, indices)
     else:
         apply = _apply
@@ -302,7 +256,8 @@ def sparse_delta_linear(
 class QuantizedSparseDeltaLinearFunction(torch.autograd.Function):
     """Forward and backward of `quantized_sparse_delta_linear`: the weight is made dense in each, and dropped.
 
-    Saved for backward: x (only while values train), values and indices by reference.
+    Saved for backward: x (only while values train; where it is on offer, what it is formed from, see `recompute`),
+    values and indices by reference.
     """
 
     @staticmethod
@@ -315,14 +270,16 @@ class QuantizedSparseDeltaLinearFunction(torch.autograd.Function):
         dequantize: Callable[[torch.dtype], Tensor],
         backend: str | None,
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices)
+        inputs = recompute.to_save(ctx, x if ctx.needs_input_grad[2] else None)
+        ctx.save_for_backward(values, indices, *inputs)
         ctx.dequantize, ctx.backend, ctx.dtype = dequantize, backend, x.dtype
         return no_view(F.linear(x, _with_delta(dequantize(x.dtype), values, indices, backend), bias))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def, override]
-        x, values, indices = ctx.saved_tensors
+        values, indices, *inputs = ctx.saved_tensors
+        x = recompute.saved(ctx, inputs)
         need_x, need_bias, need_values = ctx.needs_input_grad[:3]
         dy = as_rows(grad_out)
         dx = grad_bias = grad_values = None
@@ -372,10 +329,10 @@ def quantized_sparse_delta_linear(
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        x, bias = recompute.cast(x, dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return quantized_sparse_delta_linear(x, dequantize, bias, values, indices)
-    if x.dtype not in _FLOATING or x.dtype == torch.float64:
-        raise TypeError(f"quantized_sparse_delta_linear: x must be float32, bfloat16 or float16, got {_describe(x)}")
+    if x.dtype not in FLOATING or x.dtype == torch.float64:
+        raise TypeError(f"quantized_sparse_delta_linear: x must be float32, bfloat16 or float16, got {describe(x)}")
     apply = QuantizedSparseDeltaLinearFunction.apply
     return apply(x, bias, values, indices, dequantize, backends.forced_backend())  # type: ignore[no-any-return]

@@ -12,18 +12,25 @@ from torch import Tensor
 from .. import backends
 from ..reference import sparse_delta as reference
 from ..reference.lora import as_rows
+from . import recompute
 from ._autocast import autocast_dtype
-from .sparse_delta import Observer, _described, _observe, _transforms_active, _transposed
+from ._checks import dtype_and_shape, transforms_active
+from .sparse_delta import Observer, _observe, _transposed
 
 
 class AttachDeltaFunction(torch.autograd.Function):
-    """`y` unchanged; backward adds the gradient of values. Saved for backward: x, values, indices, all by reference."""
+    """`y` unchanged; backward adds the gradient of values.
+
+    Saved for backward, all by reference: x (where it is on offer, what it is formed from, see `recompute`), values and
+    indices.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def, override]
         ctx, y: Tensor, x: Tensor, values: Tensor, indices: Tensor, observer: Observer | None, backend: str | None
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices)
+        inputs = recompute.to_save(ctx, x if ctx.needs_input_grad[2] else None)
+        ctx.save_for_backward(values, indices, *inputs)
         ctx.observer, ctx.backend = observer, backend
         # Nobody else has y. Torch would forbid changes in place of a view that a Function returns.
         return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
@@ -33,9 +40,10 @@ class AttachDeltaFunction(torch.autograd.Function):
         if autocast_dtype(grad_out.device.type) is not None:  # dtypes were settled in forward
             with torch.autocast(grad_out.device.type, enabled=False):
                 return AttachDeltaFunction.backward(ctx, grad_out)
-        x, values, indices = ctx.saved_tensors
+        values, indices, *inputs = ctx.saved_tensors  # which checkpointing lets out once
+        x = recompute.saved(ctx, inputs, argument=1)
         if torch.is_grad_enabled():  # create_graph=True: the formulas in differentiable PyTorch
-            return _differentiable_backward(ctx, grad_out)
+            return _differentiable_backward(ctx, (x, values, indices), grad_out)
         if not ctx.needs_input_grad[2]:
             return grad_out, None, None, None, None, None
         dy, rows = as_rows(grad_out), as_rows(x)
@@ -45,9 +53,9 @@ class AttachDeltaFunction(torch.autograd.Function):
         return grad_out, None, grad_values, None, None, None
 
 
-def _differentiable_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+def _differentiable_backward(ctx, saved: tuple[Tensor, ...], grad_out: Tensor):  # type: ignore[no-untyped-def]
     """dx is zero here, and carries the derivative of dy weight to the values that weight holds."""
-    x, values, indices = ctx.saved_tensors
+    x, values, indices = saved
     if x is None:
         return grad_out, None, None, None, None, None
     shape = torch.Size((grad_out.shape[-1], x.shape[-1]))
@@ -82,10 +90,10 @@ def attach_delta(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, *, obser
     """
     _check(y, x, values, indices)
     if x.dtype != y.dtype:
-        x = x.to(y.dtype)
+        x = recompute.cast(x, y.dtype)
     if torch.compiler.is_compiling():
         apply = AttachDeltaFunction.apply
-    elif _transforms_active():
+    elif transforms_active():
         nothing = y.new_zeros((y.shape[-1], x.shape[-1]))
         return y + reference.sparse_delta_linear(x, nothing, None, values, indices)
     else:
@@ -95,20 +103,24 @@ def attach_delta(y: Tensor, x: Tensor, values: Tensor, indices: Tensor, *, obser
 
 def _check(y: Tensor, x: Tensor, values: Tensor, indices: Tensor) -> None:
     if y.dim() < 1 or x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"attach_delta: x must be [..., K] with y's rows, {list(y.shape[:-1])}, got {_described(x)}")
+        raise ValueError(
+            f"attach_delta: x must be [..., K] with y's rows, {list(y.shape[:-1])}, got {dtype_and_shape(x)}"
+        )
     if not y.is_floating_point() or not x.is_floating_point():
-        raise TypeError(f"attach_delta: y and x must be floating point, got {_described(y)} and {_described(x)}")
+        raise TypeError(
+            f"attach_delta: y and x must be floating point, got {dtype_and_shape(y)} and {dtype_and_shape(x)}"
+        )
     if not values.is_floating_point() or (values.dtype == torch.float64) != (y.dtype == torch.float64):
         raise TypeError(
             "attach_delta: values must be float32, bfloat16 or float16 (float64 if and only if y is), "
-            f"got {_described(values)} with y {_described(y)}"
+            f"got {dtype_and_shape(values)} with y {dtype_and_shape(y)}"
         )
     if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"attach_delta: indices must be int32 or int64, got {_described(indices)}")
+        raise TypeError(f"attach_delta: indices must be int32 or int64, got {dtype_and_shape(indices)}")
     if indices.dim() != 1 or values.shape != indices.shape:
         raise ValueError(
             "attach_delta: values and indices must be 1-D and of the same length, "
-            f"got {_described(values)} and {_described(indices)}"
+            f"got {dtype_and_shape(values)} and {dtype_and_shape(indices)}"
         )
     for name, tensor in (("x", x), ("values", values), ("indices", indices)):
         if tensor.device != y.device:
@@ -141,7 +153,7 @@ def reordered(values: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return ReorderFunction.apply(values, order, inverse)  # type: ignore[no-any-return, no-untyped-call]
-    if _transforms_active():
+    if transforms_active():
         return values.index_select(0, order)
     return _reorder(values, order, inverse)  # type: ignore[no-any-return]
 

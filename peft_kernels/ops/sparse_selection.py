@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import backends
 from ..reference import sparse_selection as reference
 from ..reference.lora import accumulation_dtype
+from ._checks import dtype_and_shape, first_true
 from ._register import register_operator
-from .sparse_delta import _described, _first
 
 _SAMPLED_ROWS = 64  # of the product, from which the threshold is estimated
 _SAMPLED_TOKENS = 64  # from which the scale of a row is estimated
@@ -50,11 +50,11 @@ def gradient_topk(grad_out: Tensor, x: Tensor, count: int, *, exclude: Tensor | 
     if grad_out.dim() < 1 or x.dim() < 1 or grad_out.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             "grad_out and x must be [..., N] and [..., K] with the same leading dimensions, got "
-            f"{_described(grad_out)} and {_described(x)}"
+            f"{dtype_and_shape(grad_out)} and {dtype_and_shape(x)}"
         )
     _check_floating("grad_out", grad_out, backends.DTYPES)
     if x.dtype != grad_out.dtype:
-        raise TypeError(f"x must have grad_out's dtype, {_name(grad_out.dtype)}, got {_described(x)}")
+        raise TypeError(f"x must have grad_out's dtype, {_name(grad_out.dtype)}, got {dtype_and_shape(x)}")
     tokens = math.prod(x.shape[:-1])
     grad_out, x = grad_out.reshape(tokens, grad_out.shape[-1]), x.reshape(tokens, x.shape[-1])
     entries = grad_out.shape[1] * x.shape[1]
@@ -144,7 +144,7 @@ class _Search:
         if self.exclude is not None:
             allowed = ~self.contains(positions, self.exclude)
             positions, values = positions[allowed], values[allowed]
-        at = _first(values.isnan())
+        at = first_true(values.isnan())
         if at is not None:
             n, k = divmod(int(positions[at]), self.columns)
             raise ValueError(f"the gradient must have no NaN, got one at row {n}, column {k}")
@@ -178,10 +178,10 @@ def outer_product_topk(rows: Tensor, columns: Tensor, count: int, *, exclude: Te
     """
     _check_floating("rows", rows, (torch.float32, torch.float64))
     if columns.dtype != rows.dtype:
-        raise TypeError(f"columns must have rows' dtype, {_name(rows.dtype)}, got {_described(columns)}")
+        raise TypeError(f"columns must have rows' dtype, {_name(rows.dtype)}, got {dtype_and_shape(columns)}")
     for name, factor in (("rows", rows), ("columns", columns)):
         if factor.dim() != 1:
-            raise ValueError(f"{name} must be 1-D, got {_described(factor)}")
+            raise ValueError(f"{name} must be 1-D, got {dtype_and_shape(factor)}")
     entries = rows.numel() * columns.numel()
     if exclude is None:
         exclude = torch.empty(0, dtype=torch.int64, device=rows.device)
@@ -207,7 +207,7 @@ def sorted_merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_pair("first", first, "second", second)
     merged, source = _sorted_kernel("sorted_merge", first)(first, second)
-    at = _first(merged[1:] == merged[:-1])
+    at = first_true(merged[1:] == merged[:-1])
     if at is not None:
         raise ValueError(f"first and second must have no common element, got {int(merged[at])} in both")
     return merged, source
@@ -265,7 +265,7 @@ def _name(dtype: torch.dtype) -> str:
 def _check_floating(name: str, tensor: Tensor, dtypes: Iterable[torch.dtype]) -> None:
     names = [_name(dtype) for dtype in dtypes]
     if _name(tensor.dtype) not in names:
-        raise TypeError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, got {_described(tensor)}")
+        raise TypeError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, got {dtype_and_shape(tensor)}")
 
 
 def _check_count(count: int, limit: int) -> None:
@@ -277,16 +277,18 @@ def _check_pair(name: str, first: Tensor, other_name: str, other: Tensor) -> Non
     _check_sorted(name, first)
     _check_sorted(other_name, other)
     if other.dtype != first.dtype:
-        raise TypeError(f"{other_name} must have the dtype of {name}, {_name(first.dtype)}, got {_described(other)}")
+        raise TypeError(
+            f"{other_name} must have the dtype of {name}, {_name(first.dtype)}, got {dtype_and_shape(other)}"
+        )
 
 
 def _check_sorted(name: str, positions: Tensor, limit: int | None = None) -> None:
     """Raises unless `positions` are sorted and unique, and below `limit`; a pass over them, and on a GPU a wait."""
     if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {_described(positions)}")
+        raise TypeError(f"{name} must be int32 or int64, got {dtype_and_shape(positions)}")
     if positions.dim() != 1 or not positions.is_contiguous():
-        raise ValueError(f"{name} must be 1-D and contiguous, got {_described(positions)}")
-    at = _first(positions[1:] <= positions[:-1])
+        raise ValueError(f"{name} must be 1-D and contiguous, got {dtype_and_shape(positions)}")
+    at = first_true(positions[1:] <= positions[:-1])
     if at is not None:
         before, after = positions[at : at + 2].tolist()
         raise ValueError(f"{name} must be sorted and unique, got {after} at position {at + 1} after {before}")

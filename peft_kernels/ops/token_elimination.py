@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta as _CreationMeta
+from torch._C._autograd import _get_creation_meta as _creation_of
 from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference import token_elimination as reference
 from ..reference.lora import accumulation_dtype, as_rows
+from ._checks import FLOATING as _FLOATING
+from ._checks import describe as _describe
+from ._checks import transforms_active as _transforms_active
 from ._register import fake_in_place, register_operator, triton_launchers
 from ._views import no_view
-from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 
 def _fake_gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -156,16 +160,16 @@ class SplitRMSNormFunction(torch.autograd.Function):
     ):
         matrix = as_rows(x)
         h, kept, rstd = _kernel("gather_rms_norm", x, backend)(matrix, rows, weight, eps, offset)
-        if rows is None:
-            kept = x
-        ctx.save_for_backward(kept, rstd, weight, rows)
+        ctx.save_for_backward(x if rows is None else kept, rstd, weight, rows)
         ctx.shape, ctx.offset, ctx.backend = x.shape, offset, backend
-        ctx.mark_non_differentiable(kept, rstd) if rows is not None else ctx.mark_non_differentiable(rstd)
+        if rows is None:
+            kept = x.detach()  # what is x itself would get its gradient
+        ctx.mark_non_differentiable(kept, rstd)
         if not torch.compiler.is_compiling():  # there zeros stand for what gets no gradient
             ctx.set_materialize_grads(False)
         if owned:  # of a view, one of several results, torch would forbid changes in place
             ctx.mark_dirty(x)
-        return x if owned else x.view_as(x), h, kept.detach() if rows is None else kept, rstd
+        return x if owned else x.view_as(x), h, kept, rstd
 
     @staticmethod
     @once_differentiable
@@ -173,9 +177,9 @@ class SplitRMSNormFunction(torch.autograd.Function):
         kept, rstd, weight, rows = ctx.saved_tensors
         if grad_h is None:
             return grad_residual, None, None, None, None, None, None
-        residual = None if grad_residual is None else as_rows(grad_residual)
+        residual, total = None if grad_residual is None else as_rows(grad_residual), ctx.shape[:-1].numel()
         dx, dweight = _kernel("gather_rms_norm_backward", grad_h, ctx.backend)(
-            residual, grad_h, as_rows(kept), rstd, weight, ctx.offset, rows, _count(ctx.shape), ctx.needs_input_grad[2]
+            residual, grad_h, as_rows(kept), rstd, weight, ctx.offset, rows, total, ctx.needs_input_grad[2]
         )
         return no_view(dx, ctx.shape), None, dweight if ctx.needs_input_grad[2] else None, None, None, None, None
 
@@ -183,13 +187,6 @@ class SplitRMSNormFunction(torch.autograd.Function):
 def _taken_apart() -> bool:
     """Whether a `torch.func` transform needs the reference; `torch.compile` would put the question into its graph."""
     return not torch.compiler.is_compiling() and _transforms_active()
-
-
-def _count(shape: torch.Size) -> int:
-    count = 1
-    for size in shape[:-1]:
-        count *= size
-    return count
 
 
 class RopeRowsFunction(torch.autograd.Function):
@@ -231,6 +228,25 @@ def _check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor
         raise ValueError(f"{op}: {name} must be on {like_name}'s device, {like.device}, got {_describe(tensor)}")
 
 
+def _check_changeable(op: str, name: str, tensor: Tensor, *others: Tensor) -> None:
+    """Refuses what autograd lets nobody change, which it would say only when the kernel has changed it."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{op}: {name} must not be an inference tensor to be changed in place, got one")
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (tensor, *others)):
+        return
+    for owner in (tensor, tensor._base):
+        if owner is not None and owner.is_leaf and owner.requires_grad:
+            raise ValueError(
+                f"{op}: {name} must be neither a leaf that requires grad nor a view of one to be changed in place, got "
+                f"{_describe(tensor)}"
+            )
+    if tensor._is_view() and _creation_of(tensor) != _CreationMeta.DEFAULT:
+        raise ValueError(
+            f"{op}: {name} must be no view made under no_grad, by a Function or beside others to be changed in place, "
+            f"got {_describe(tensor)}"
+        )
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """`x[rows]`, with a gradient that needs neither atomics nor x.
 
@@ -259,11 +275,13 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor, in_place: b
 
     Args:
         residual: `[..., C]`, seen as M rows; float32, bfloat16, float16 or float64.
-        values: `[..., C]`, seen as S rows, in residual's dtype.
+        values: `[..., C]`, seen as S rows, in residual's dtype; in memory of its own where residual is changed.
         rows: `[S]`, int32, sorted and unique; a negative entry stands for no row and is passed over. That they are in
             range is trusted.
-        in_place: changes residual itself and returns it; only for a contiguous one that nobody else keeps. Under
-            `torch.compile`, which plans memory itself, this does nothing.
+        in_place: changes residual itself and returns it; only for a contiguous one that nobody else keeps and that
+            autograd lets be changed, so no leaf that requires grad. It allows a change and promises none: use the
+            result. Under `torch.compile`, which plans memory itself, and inside `torch.func` transforms residual stays
+            as it is.
 
     Returns:
         `[..., C]` in residual's dtype; sums are rounded once.
@@ -271,7 +289,9 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor, in_place: b
     Saved for backward: rows. The gradient of residual is that of the result, untouched.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or device is off; nothing has run.
+        ValueError, TypeError: an argument's shape, dtype or device is off, or residual cannot be changed in place;
+            nothing has run.
+        RuntimeError: values share memory with the residual to be changed; nothing has run.
     """
     op = "scatter_add_rows"
     _check_floating(op, "residual", residual, 2)
@@ -287,8 +307,11 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor, in_place: b
         raise ValueError(f"{op}: residual must be contiguous to be changed in place, got {_describe(residual)}")
     if _taken_apart():
         return reference.scatter_add_rows(as_rows(residual), as_rows(values), rows).view(residual.shape)
+    in_place = in_place and not torch.compiler.is_compiling()
+    if in_place:
+        _check_changeable(op, "residual", residual, values)
     return ScatterAddRowsFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
-        residual, values, rows, in_place and not torch.compiler.is_compiling(), backends.forced_backend()
+        residual, values, rows, in_place, backends.forced_backend()
     )
 
 
@@ -307,11 +330,11 @@ def split_rms_norm(
         eps: added to the mean of squares.
         offset: 1 for norms whose weight is the difference from one, else 0.
         owned: x is the caller's own and no leaf, so that `scatter_add_rows(..., in_place=True)` may change the
-            residual; only with rows.
+            residual; only with rows. Under `torch.compile` and inside `torch.func` transforms this does nothing.
 
     Returns:
         x itself for the residual (a view, which must be used in its place); h `[S, H]` in x's dtype; and what h can be
-        formed from again, kept `[S, H]` and rstd `[S]`, see `reference.rms_norm_rows`.
+        formed from again, kept `[S, H]` and rstd `[S]`, see `reference.rms_norm_rows`. These two carry no gradient.
 
     Saved for backward: kept, rstd, weight and rows; h is not.
 
@@ -328,9 +351,12 @@ def split_rms_norm(
         raise ValueError(f"{op}: owned needs rows: x itself is kept for backward without them")
     if _taken_apart():
         h, kept, rstd = reference.gather_rms_norm(as_rows(x), rows, weight, eps, offset)
-        return x, h, (as_rows(x) if rows is None else kept, rstd)
+        return x, h, ((as_rows(x) if rows is None else kept).detach(), rstd.detach())
+    owned = owned and not torch.compiler.is_compiling()
+    if owned:
+        _check_changeable(op, "x", x, weight)
     residual, h, kept, rstd = SplitRMSNormFunction.apply(  # type: ignore[no-untyped-call]
-        x, rows, weight, eps, offset, owned and not torch.compiler.is_compiling(), backends.forced_backend()
+        x, rows, weight, eps, offset, owned, backends.forced_backend()
     )
     return residual, h, (as_rows(kept), rstd)
 

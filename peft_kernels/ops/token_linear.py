@@ -15,8 +15,9 @@ from ..reference import token_elimination as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
+from ._checks import FLOATING as _FLOATING
+from ._checks import describe as _describe
 from ._views import no_view
-from .sparse_delta import _FLOATING, _describe
 from .token_elimination import (
     _check_floating,
     _check_like,
@@ -170,7 +171,7 @@ def gather_linear_scatter(
     if dtype is not None:
         onto_x = residual is x
         if x.dtype in _FLOATING and x.dtype != torch.float64:
-            x, weight = x.to(dtype), weight.to(dtype)
+            x, weight = recompute.cast(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if residual is None or residual.dtype == x.dtype:

@@ -14,8 +14,10 @@ from torch import Tensor
 from .. import backends
 from ..reference import token_selection as reference
 from ..reference.lora import accumulation_dtype
+from ._checks import FLOATING as _FLOATING
+from ._checks import describe as _describe
+from ._checks import transforms_active as _transforms_active
 from ._register import register_operator, triton_launchers
-from .sparse_delta import _FLOATING, _describe, _transforms_active
 
 _ROWS = 2**31  # flat rows are int32
 
@@ -43,9 +45,19 @@ def _register() -> None:
 _register()
 
 
+def _check_integer(op: str, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
+def _check_tokens(op: str, tokens: int) -> None:
+    _check_integer(op, "tokens", tokens)
+    if tokens < 0:
+        raise ValueError(f"{op}: tokens must not be negative, got {tokens}")
+
+
 def _check_block_size(op: str, block_size: int) -> None:
-    if isinstance(block_size, bool) or not isinstance(block_size, (int, torch.SymInt)):
-        raise TypeError(f"{op}: block_size must be an integer, got {block_size!r}")
+    _check_integer(op, "block_size", block_size)
     if block_size < 1:
         raise ValueError(f"{op}: block_size must be at least 1, got {block_size}")
 
@@ -77,10 +89,9 @@ def kept_tokens(tokens: int, keep: float, block_size: int = 64) -> int:
     Raises:
         ValueError, TypeError: an argument is off.
     """
+    _check_tokens("kept_tokens", tokens)
     _check_ratio("kept_tokens", keep)
     _check_block_size("kept_tokens", block_size)
-    if tokens < 0:
-        raise ValueError(f"kept_tokens: tokens must not be negative, got {tokens}")
     if keep == 0.0:
         return 0
     return _kept_blocks(tokens // block_size, keep) * block_size + tokens % block_size
@@ -127,7 +138,9 @@ def select_tokens(
         raise ValueError(f"{op}: scores must be 2-D, got {_describe(scores)}")
     if scores.dtype not in _FLOATING:
         raise TypeError(f"{op}: scores must be float32, bfloat16, float16 or float64, got {_describe(scores)}")
-    if tokens is not None and (tokens < 0 or scores.shape[1] != tokens // block_size):
+    if tokens is not None:
+        _check_tokens(op, tokens)
+    if tokens is not None and scores.shape[1] != tokens // block_size:
         raise ValueError(
             f"{op}: scores must be [B, {tokens} // {block_size}] for {tokens} tokens, got {_describe(scores)}"
         )
@@ -172,14 +185,13 @@ def flat_rows(positions: Tensor, tokens: int) -> Tensor:
         `[B * S]`, int32: `b * T + position`, or -1 for a negative position. Sorted but for these.
 
     Raises:
-        ValueError, TypeError: positions' shape or dtype is off, or there are 2^31 rows or more.
+        ValueError, TypeError: positions' shape or dtype or tokens is off, or there are 2^31 rows or more.
     """
     if positions.dim() != 2:
         raise ValueError(f"flat_rows: positions must be [B, S], got {_describe(positions)}")
     if positions.dtype != torch.int32:
         raise TypeError(f"flat_rows: positions must be int32, got {_describe(positions)}")
-    if tokens < 0:
-        raise ValueError(f"flat_rows: tokens must not be negative, got {tokens}")
+    _check_tokens("flat_rows", tokens)
     batch = positions.shape[0]
     if batch * tokens >= _ROWS:
         raise ValueError(f"flat_rows: rows must be fewer than 2^31 to be int32, got {batch} x {tokens}")

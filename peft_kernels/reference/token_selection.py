@@ -15,9 +15,15 @@ from torch import Tensor
 
 from .lora import accumulation_dtype
 
+_QUERIES = 1024
+"""How many queries are scored at once, or as many as make a whole block."""
+
 
 def block_scores(q: Tensor, k: Tensor, block_size: int, starts: Tensor | None) -> Tensor:
     """I(b) of every whole block of each sequence.
+
+    Queries are taken in runs of whole blocks, heads one by one: of all pairs of tokens `[B, run, T]` are held at a
+    time, since this also serves GPUs whose own kernels nobody has verified.
 
     Args:
         q: `[B, heads, T, D]`, any strides.
@@ -31,18 +37,28 @@ def block_scores(q: Tensor, k: Tensor, block_size: int, starts: Tensor | None) -
     """
     batch, heads, tokens, _ = q.shape
     accumulate = accumulation_dtype(q.dtype)
-    keys = k.to(accumulate).repeat_interleave(heads // k.shape[1], 1)
-    scores = (q.to(accumulate) @ keys.transpose(-1, -2)).clamp(min=0).sum(1)  # [B, T, T]
+    zero = torch.zeros((), dtype=accumulate, device=q.device)
     position = torch.arange(tokens, device=q.device)
-    seen = position[None, None, :] <= position[None, :, None]
-    if starts is not None:
-        seen = seen & (position[None, None, :] >= starts[:, :, None])
-    scores = torch.where(seen, scores, torch.zeros((), dtype=accumulate, device=q.device))
-    blocks = tokens // block_size
-    by_key = scores[:, :, : blocks * block_size].reshape(batch, tokens, blocks, block_size).amax(-1)
-    missing = -tokens % block_size
-    by_key = torch.nn.functional.pad(by_key, (0, 0, 0, missing))  # no score is negative
-    return by_key.reshape(batch, (tokens + missing) // block_size, block_size, blocks).amax(2).sum(1)
+    blocks, shared = tokens // block_size, heads // k.shape[1]
+    total = torch.zeros(batch, blocks, dtype=accumulate, device=q.device)
+    run = max(1, _QUERIES // block_size) * block_size
+    for first in range(0, tokens, run):
+        last = min(tokens, first + run)
+        seen_blocks = min(blocks, last // block_size)  # whole blocks up to the last of these queries
+        keys = seen_blocks * block_size
+        scores = torch.zeros(batch, last - first, keys, dtype=accumulate, device=q.device)
+        for head in range(heads):
+            queries = q[:, head, first:last].to(accumulate)
+            scores = scores + (queries @ k[:, head // shared, :keys].to(accumulate).mT).clamp(min=0)
+        seen = position[None, None, :keys] <= position[None, first:last, None]
+        if starts is not None:
+            seen = seen & (position[None, None, :keys] >= starts[:, first:last, None])
+        by_key = torch.where(seen, scores, zero).reshape(batch, last - first, seen_blocks, block_size).amax(-1)
+        missing = -(last - first) % block_size
+        by_key = torch.nn.functional.pad(by_key, (0, 0, 0, missing))  # no score is negative
+        largest = by_key.reshape(batch, (last - first + missing) // block_size, block_size, seen_blocks).amax(2)
+        total = total + torch.nn.functional.pad(largest.sum(1), (0, blocks - seen_blocks))
+    return total
 
 
 def select_tokens(

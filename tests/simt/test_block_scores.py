@@ -38,7 +38,7 @@ def test_blocks_of_one_tile(simulated, dtype, tokens):
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("block_size", [1, 7, 32, 48, 100, 128])
+@pytest.mark.parametrize("block_size", [1, 2, 7, 13, 16, 17, 32, 33, 48, 100, 128])
 def test_blocks_across_tiles(simulated, dtype, block_size):
     q, k = integers(2, 2, 150, 16, dtype=dtype), integers(2, 2, 150, 16, dtype=dtype)
     assert_exact(simulated, q, k, block_size)
@@ -52,8 +52,19 @@ def test_heads_of_any_width_and_number(simulated, dtype, width, heads, shared):
     assert_exact(simulated, q, k, 32)
 
 
+# A tile of whole blocks adds its blocks of queries; where no whole blocks fill it, there are as few as of 17 tokens.
+@pytest.mark.parametrize(("block_size", "rows"), [(1, 4), (13, 5), (16, 4), (32, 4), (64, 4), (17, 15), (100, 3)])
+def test_scratch_has_a_row_for_each_tile_of_queries(simulated, block_size, rows):
+    q = integers(1, 1, 241, 8, dtype=torch.float16)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        simulated.block_scores(q, q, block_size, None)
+    taken = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    scores = 4 * (241 // block_size)
+    assert sum(size for size in taken if size > 0) == (rows + 1) * scores
+
+
 @EACH_DTYPE
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("block_size", [1, 5, 16, 20, 64])
 def test_documents_and_padding_are_told_apart(simulated, dtype, block_size):
     q, k = integers(2, 2, 140, 16, dtype=dtype), integers(2, 1, 140, 16, dtype=dtype)
     position = torch.arange(140, dtype=torch.int32)
@@ -84,7 +95,7 @@ def test_sums_are_accurate(simulated, dtype):
 @EACH_DTYPE
 def test_any_order_of_blocks_warps_and_lanes_gives_the_same_bits(simulated, dtype):
     q, k = (torch.randn(2, 3, 150, 40, dtype=torch.float64).to(dtype) for _ in range(2))
-    for block_size in (64, 20):
+    for block_size in (64, 20, 3):
         first = simulated.block_scores(q, k, block_size, None)
         for seed in (1, 2):
             build.set_seed(seed)

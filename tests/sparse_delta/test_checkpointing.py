@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from peft_kernels import ops
+
 from ..support.accuracy import assert_same_bits
+from ..support.sparse_delta import random_delta
 from ..support.sparse_layer import random_module
 
 EACH_KIND = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
@@ -65,3 +69,32 @@ def test_one_observation_for_each_backward_pass():
     model[0].gradient_observer = lambda dy, x: seen.append(dy.shape)
     checkpoint(model, x, use_reentrant=False).sum().backward()
     assert seen == [(5, 16)]
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_second_derivatives_of_a_layer(rewrite):
+    delta = random_delta((9, 13), 31, dtype=torch.float64, values_dtype=torch.float64)
+    weight, indices, values = delta.weight, delta.indices, delta.values.requires_grad_()
+    with torch.no_grad():
+        weight.view(-1)[indices.long()] = delta.original + values
+    original = delta.original if rewrite else None
+    _assert_second_derivatives(
+        lambda x: ops.sparse_delta_linear(x, weight, None, values, indices, original=original), values
+    )
+
+
+def test_second_derivatives_of_an_attached_delta():
+    delta = random_delta((9, 13), 31, dtype=torch.float64, values_dtype=torch.float64)
+    values = delta.values.requires_grad_()
+    _assert_second_derivatives(lambda x: ops.attach_delta(F.linear(x, delta.weight), x, values, delta.indices), values)
+
+
+def _assert_second_derivatives(layer, values):
+    """Under checkpointing that is not reentrant (the other kind refuses them) as without it."""
+    x = torch.randn(5, 13, dtype=torch.float64).requires_grad_()
+    results = []
+    for y in (layer(x), checkpoint(layer, x, use_reentrant=False)):
+        first = torch.autograd.grad(y.pow(3).sum(), (x, values), create_graph=True)
+        results.append(torch.autograd.grad(sum(each.square().sum() for each in first), (x, values)))
+    for left, right in zip(*results, strict=True):
+        assert_same_bits(left, right)

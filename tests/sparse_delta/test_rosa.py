@@ -273,6 +273,22 @@ def test_nothing_of_the_weight_s_size_is_saved():
     assert not [t for t in saved if t.numel() >= N * K and t.data_ptr() != layer.weight.data_ptr()]
 
 
+def test_an_input_on_offer_is_not_kept():
+    layer, _ = rosa()
+    h = torch.randn(4, K, requires_grad=True)
+    source = h.detach().clone()
+    saved = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t),
+        pk.ops.recompute.offered(h, (source,), torch.clone),
+    ):
+        y = layer(h)
+    assert source.data_ptr() in saved and h.data_ptr() not in saved
+    wanted = (h, layer.values, layer.lora_a, layer.lora_b)
+    found, expected = (torch.autograd.grad(each.square().sum(), wanted) for each in (y, layer(h)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -83,6 +83,57 @@ def test_message_names_argument_expectation_and_what_came(operator, changes, err
             assert torch.equal(arguments[name], value)
 
 
+def leaf(*shape):
+    return torch.zeros(shape, requires_grad=True)
+
+
+def own(*shape):
+    """What is no leaf."""
+    return leaf(*shape) * 1
+
+
+@torch.no_grad()
+def without_graph(tensor):
+    return tensor[:8]
+
+
+@torch.inference_mode()
+def inferred(*shape):
+    return torch.zeros(shape)
+
+
+# A residual that autograd lets nobody change, and what the message calls it.
+UNCHANGEABLE = {
+    "leaf": (lambda: leaf(8, 6), "neither a leaf that requires grad nor a view of one"),
+    "view of a leaf": (lambda: leaf(9, 6)[:8], "neither a leaf that requires grad nor a view of one"),
+    "view of a view": (lambda: leaf(9, 6)[:8].view(2, 4, 6), "neither a leaf that requires grad nor a view of one"),
+    "view under no_grad": (lambda: without_graph(own(9, 6)), "neither a leaf that requires grad nor a view of one"),
+    "one of several": (lambda: own(2, 8, 6).unbind(0)[0], "no view made under no_grad, by a Function or beside others"),
+    "inference": (lambda: inferred(8, 6), "not be an inference tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCHANGEABLE)
+def test_a_residual_that_cannot_be_changed_is_not(kind):
+    residual, message = UNCHANGEABLE[kind][0](), UNCHANGEABLE[kind][1]
+    arguments = good("scatter_add_rows") | {"residual": residual, "in_place": True}
+    with pytest.raises(ValueError, match=f"scatter_add_rows: residual must .*{message}"):
+        ops.scatter_add_rows(**arguments)
+    assert not residual.any()
+    with pytest.raises(ValueError, match=f"split_rms_norm: x must .*{message}"):
+        ops.split_rms_norm(**good("split_rms_norm") | {"x": residual, "owned": True})
+
+
+@pytest.mark.parametrize("make", [lambda: own(8, 6), lambda: own(9, 6)[:8], lambda: leaf(8, 6).detach()])
+def test_any_other_residual_is_changed(make):
+    residual = make()
+    ops.scatter_add_rows(**good("scatter_add_rows") | {"residual": residual, "in_place": True})
+    assert residual.sum() == 12
+    with torch.no_grad():
+        ops.scatter_add_rows(**good("scatter_add_rows") | {"residual": residual, "in_place": True})
+    assert residual.sum() == 24
+
+
 def test_gathered_rows_are_as_many_as_indices():
     arguments = good("gather_linear_scatter")
     message = r"gather_linear_scatter: x must have a row for each of indices \[3\], got float32 \[2, 4, 6\]"

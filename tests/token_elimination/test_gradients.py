@@ -74,6 +74,40 @@ def test_gradcheck_of_the_layer(place, pattern, residual, gathered):
     assert torch.autograd.gradcheck(call, (x, *others))
 
 
+@pytest.mark.parametrize("rows", [None, rows_of("some", 6)], ids=["all", "some"])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_what_a_norm_is_formed_again_from_carries_no_gradient(rows, transformed):
+    def kept_sum(x):
+        _, h, (kept, rstd) = ops.split_rms_norm(x, rows, torch.ones(4), 1e-5)
+        assert not transformed or kept.shape == h.shape
+        return h.sum() * 0 + kept.sum() + rstd.sum(), (kept, rstd)
+
+    x = torch.randn(6, 4)
+    if transformed:
+        gradient, _ = torch.func.grad(kept_sum, has_aux=True)(x)
+    else:
+        total, (kept, rstd) = kept_sum(x.requires_grad_())
+        assert not kept.requires_grad and not rstd.requires_grad
+        assert torch.equal(kept, x if rows is None else x[rows.long()])
+        (gradient,) = torch.autograd.grad(total, x)
+    assert not gradient.any()
+
+
+def test_transforms_return_what_an_addition_in_place_would_make_and_change_nothing():
+    rows, values = torch.tensor([1, 4], dtype=torch.int32), torch.randn(2, 4)
+
+    def loss(x):
+        residual = x * 1
+        out = ops.scatter_add_rows(residual, values, rows, in_place=True)
+        return out.square().sum(), (out, residual)
+
+    x = torch.randn(6, 4)
+    gradient, (out, residual) = torch.func.grad(loss, has_aux=True)(x)
+    expected = x.index_add(0, rows.long(), values)
+    assert torch.equal(out, expected) and torch.equal(residual, x)
+    torch.testing.assert_close(gradient, 2 * expected)
+
+
 @EACH_DOUBLE_PLACE
 def test_swiglu_can_be_differentiated_twice(place):
     def call(gate, up):

@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import peft_kernels
-from peft_kernels import elimination
+from peft_kernels import LoraConfig, elimination
 from peft_kernels.nn import TokenElimination
 
 from . import models
@@ -268,6 +269,26 @@ def test_a_part_that_was_replaced_or_is_watched_runs_as_it_is(part):
     module.register_forward_hook(lambda *_: calls.append("hook"))
     torch.testing.assert_close(model(**batch).loss, replaced, rtol=1e-6, atol=0)
     assert calls == [part, "hook"]
+
+
+@pytest.mark.parametrize("kind", CheckpointImpl)
+@pytest.mark.parametrize("wrapped", ["self_attn", "mlp", "mlp.gate_proj"])
+def test_parts_may_be_checkpointed(wrapped, kind):
+    model, batch = build(), batch_of()
+    peft_kernels.inject(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    eliminated(model)
+    loss = model(**batch).loss
+    expected = gradients(model, loss)
+    owner, _, part = f"model.layers.1.{wrapped}".rpartition(".")
+    owner = model.get_submodule(owner)
+    inside = getattr(owner, part)
+    setattr(owner, part, checkpoint_wrapper(inside, kind))
+    again = model(**batch).loss
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+    again.backward()
+    setattr(owner, part, inside)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, expected, 1e-12)
 
 
 def test_bad_options_are_refused():

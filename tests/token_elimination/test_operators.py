@@ -9,7 +9,7 @@ from peft_kernels.reference import token_elimination as reference
 
 from ..support.accuracy import assert_accurate, assert_same_bits
 from ..support.layouts import LAYOUTS, laid_out
-from ..support.places import compiled_cases, operators_at_places
+from ..support.places import compiled_cases, compiled_places, operators_at_places
 from ..support.token_elimination import (
     EXACT,
     OPERATORS,
@@ -245,3 +245,27 @@ def test_bad_arguments_are_refused(namespace, device, operator, changes, message
         call[name] = change(call[name])
     with pytest.raises(RuntimeError, match=f"{operator}: {message}"):
         getattr(getattr(torch.ops, namespace), operator)(*call.values())
+
+
+# Rows would be read when others have changed them, by this thread or another one.
+SHARED = {
+    "rows": lambda memory: memory[1:4],
+    "one element": lambda memory: memory.flatten()[29:44].view(3, 5),
+    "strided": lambda memory: memory[::2, :1].expand(-1, 5)[:3],
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize(("namespace", "device"), compiled_places("scatter_add_rows_"))
+def test_values_among_what_is_changed_are_refused(namespace, device, kind):
+    memory = torch.arange(45.0, device=device).view(9, 5)
+    rows, before = torch.tensor([1, 2, 3], dtype=torch.int32, device=device), memory.clone()
+    scatter_add_rows_ = getattr(torch.ops, namespace).scatter_add_rows_
+    with pytest.raises(
+        RuntimeError, match=r"scatter_add_rows_: values must share no memory with out, .* float32 \[3, 5"
+    ):
+        scatter_add_rows_(memory[:6], SHARED[kind](memory), rows)
+    assert torch.equal(memory, before)
+    scatter_add_rows_(memory[:6], memory[6:], rows)  # neighbors share nothing
+    before[1:4] += before[6:]
+    assert torch.equal(memory, before)

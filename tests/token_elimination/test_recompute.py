@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,9 @@ from ..support.token_elimination import rows_of
 
 HIDDEN, RANK = 16, 4
 TOKENS = 24
-LAYERS = ("lora", "sparse_delta", "s2ft", "linear")
+TWICE = ("lora", "sparse_delta", "s2ft", "attach_delta")  # have second derivatives
+LAYERS = (*TWICE, "quantized", "linear")
+POSITIONS = torch.tensor([0, 3, 40, 41, 250])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -44,7 +47,6 @@ class Recorder:
         return watched
 
     def alive(self):
-        gc.collect()
         return [reference() is not None for reference in self.formed]
 
 
@@ -65,7 +67,7 @@ class Block:
                 normal(RANK, HIDDEN, seed=10 + i).requires_grad_(),
                 normal(HIDDEN, RANK, seed=20 + i).requires_grad_(),
             ]
-        if kind == "sparse_delta":
+        if kind in ("sparse_delta", "attach_delta", "quantized"):
             return [normal(5, seed=10 + i).requires_grad_()]
         if kind == "s2ft":
             return [self.weights[i][[1, 3]].detach().float().requires_grad_()]
@@ -79,20 +81,27 @@ class Block:
         if self.kinds[i] == "lora":
             return ops.lora_linear(h, weight, None, *own, 0.5)
         if self.kinds[i] == "sparse_delta":
-            return ops.sparse_delta_linear(h, weight, None, own[0], torch.tensor([0, 3, 40, 41, 250]))
+            return ops.sparse_delta_linear(h, weight, None, own[0], POSITIONS)
+        if self.kinds[i] == "attach_delta":
+            return ops.attach_delta(F.linear(h, weight), h, own[0], POSITIONS)
+        if self.kinds[i] == "quantized":
+            dequantize = lambda dtype: weight.detach().to(dtype, copy=True)  # noqa: E731
+            return ops.quantized_sparse_delta_linear(h, dequantize, None, own[0], POSITIONS)
         if self.kinds[i] == "s2ft":
             return ops.s2ft_linear(h, weight, None, own[0], torch.tensor([1, 3]), "output")
         return ops.gather_linear_scatter(h[0], weight, None, self.rows, gathered=True)[None]
 
-    def parts(self, x, offer=True):
+    def parts(self, x, offer=True, run=None):
+        """The residual and what each layer gives; `run(i, function, h)` calls a layer, unless it is None."""
         residual, h, (kept, rstd) = ops.split_rms_norm(x * 1, self.rows, self.norm, 1e-6)
         sources, form = recompute.norm_recipe(kept, rstd, self.norm)
         with recompute.offered(h, sources, self.recorder.watch(form)) if offer else nullcontext():
-            return residual, [self.layer(i, h[None])[0] for i in range(len(self.kinds))]
+            run = run or (lambda i, layer, h: layer(h))
+            return residual, [run(i, partial(self.layer, i), h[None])[0] for i in range(len(self.kinds))]
 
-    def __call__(self, x, offer=True):
-        residual, parts = self.parts(x, offer)
-        return ops.scatter_add_rows(residual, torch.stack(parts).sum(0), self.rows)
+    def __call__(self, x, offer=True, run=None):
+        residual, parts = self.parts(x, offer, run)
+        return ops.scatter_add_rows(residual, torch.stack(parts).sum(0).to(residual.dtype), self.rows)
 
     def gradients(self, y, **options):
         return torch.autograd.grad(y.float().square().sum(), self.leaves(), **options)
@@ -126,11 +135,11 @@ def test_the_input_is_not_kept(kind, dtype):
     _, without = saved_by(lambda: block(block.x, offer=False))
     assert sum(without.values()) - sum(with_offer.values()) == count * HIDDEN * size
     # What is left: the norm's rows and scale, LoRA's hidden, and tensors that were there before.
-    before = {t.untyped_storage().data_ptr() for t in (block.rows, block.norm, *block.weights)}
+    before = {t.untyped_storage().data_ptr() for t in (block.rows, block.norm, POSITIONS, *block.weights)}
     before |= {t.untyped_storage().data_ptr() for ts in block.trained for t in ts}
     own = sum(size for key, size in with_offer.items() if key not in before)
     hidden = 3 * count * RANK * 4 if kind == "lora" else 0
-    indices = 3 * {"sparse_delta": 5 * 8, "s2ft": 2 * 8}.get(kind, 0)
+    indices = 3 * 2 * 8 if kind == "s2ft" else 0
     assert own == count * HIDDEN * size + count * 4 + hidden + indices
 
 
@@ -190,12 +199,105 @@ def test_layers_that_do_not_run_hold_nothing_back(used):
 def test_checkpointing_over_an_offer(kind, use_reentrant, dtype):
     block = Block((kind,) * 3, dtype)
     expected = block.gradients(block(block.x, offer=False))
-    for tensor in block.leaves():
-        tensor.grad = None
     checkpoint(block, block.x, use_reentrant=use_reentrant).float().square().sum().backward()
     for tensor, right in zip(block.leaves(), expected, strict=True):
         assert_same_bits(tensor.grad, right)
     assert block.recorder.alive() == [False]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+@pytest.mark.parametrize("checkpointed", [LAYERS, LAYERS[::2]], ids=["all", "some"])
+def test_checkpointing_inside_an_offer(checkpointed, use_reentrant, autocast):
+    """By the time a layer runs again the offer is over: it must not have been taken at first."""
+
+    def run(i, layer, h):
+        return checkpoint(layer, h, use_reentrant=use_reentrant) if LAYERS[i] in checkpointed else layer(h)
+
+    block = Block(LAYERS)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = block.gradients(block(block.x, offer=False))
+        y = block(block.x, run=run)
+    y.square().sum().backward()
+    for tensor, right in zip(block.leaves(), expected, strict=True):
+        assert_same_bits(tensor.grad, right)
+    assert block.recorder.alive() == [False] * (checkpointed != LAYERS)
+
+
+def test_layers_under_hooks_of_their_own_keep_their_input():
+    h, recorder, seen = normal(6, HIDDEN), Recorder(), []
+    with (
+        recompute.offered(h, (h.clone(),), recorder.watch(torch.clone)),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t),
+    ):
+        lora_of(h)()
+    assert h.data_ptr() in seen and not recorder.formed
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) * 3 for kind in LAYERS), LAYERS], ids="-".join)
+def test_under_autocast_the_input_is_cast_and_formed_once_and_not_kept(kinds):
+    block = Block(kinds)
+    with torch.autocast("cpu", torch.bfloat16):
+        without, saved_without = saved_by(lambda: block(block.x, offer=False))
+        y, saved = saved_by(lambda: block(block.x))
+    expected = block.gradients(without)
+    assert not block.recorder.formed
+    for left, right in zip(block.gradients(y), expected, strict=True):
+        assert_same_bits(left, right)
+    assert len(block.recorder.formed) == 1
+    own_copies = len(kinds) * block.rows.shape[0] * HIDDEN * 2
+    assert sum(saved_without.values()) - sum(saved.values()) == own_copies
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+def test_checkpointing_over_an_offer_under_autocast(use_reentrant):
+    block = Block(LAYERS)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block.gradients(block(block.x, offer=False))
+        y = checkpoint(block, block.x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    for tensor, right in zip(block.leaves(), expected, strict=True):
+        assert_same_bits(tensor.grad, right)
+    assert len(block.recorder.formed) == 1
+
+
+def test_a_cast_is_one_copy_for_each_dtype_of_what_is_on_offer():
+    h = normal(6, HIDDEN).requires_grad_()
+    with recompute.offered(h, (h.detach(),), torch.clone):
+        one, other, half = (
+            recompute.cast(x, dtype)
+            for x, dtype in ((h, torch.bfloat16), (h.view(2, 3, HIDDEN), torch.bfloat16), (h, torch.float16))
+        )
+        assert one.data_ptr() == other.data_ptr() != half.data_ptr()
+        assert recompute.cast(h, torch.float32) is h
+        another = recompute.cast(h[:5], torch.bfloat16)
+        with torch.no_grad():
+            h.add_(1)
+        changed = recompute.cast(h, torch.bfloat16)
+    after = recompute.cast(h, torch.bfloat16)
+    assert_same_bits(other, (h - 1).detach().to(torch.bfloat16).view(2, 3, HIDDEN))
+    assert len({tensor.data_ptr() for tensor in (one, half, another, changed, after)}) == 5
+    assert_same_bits(changed, after)
+    for copy in (one, other, half, after):
+        grad = torch.randn(copy.shape, generator=torch.Generator().manual_seed(1)).to(copy.dtype)
+        assert_same_bits(torch.autograd.grad(copy, h, grad)[0], grad.float().view(6, HIDDEN))
+
+
+def test_a_pass_that_fails_lets_go_of_what_it_formed():
+    block = Block()
+    residual, parts = block.parts(block.x)
+    loss = sum(part.square().sum() for part in parts) + residual.sum()
+    failing = parts[0].register_hook(lambda grad: pytest.fail("a hook's error"))  # behind the others
+    with pytest.raises(pytest.fail.Exception, match="a hook's error"):
+        block.gradients(loss, retain_graph=True)
+    assert block.recorder.alive() == [False], "while the graph lives"
+    failing.remove()
+    found = block.gradients(loss)
+    residual, parts = block.parts(block.x, offer=False)
+    expected = block.gradients(sum(part.square().sum() for part in parts) + residual.sum())
+    for left, right in zip(found, expected, strict=True):
+        assert_same_bits(left, right)
+    assert block.recorder.alive() == [False, False]
 
 
 def test_saved_tensors_may_be_kept_elsewhere():
@@ -225,14 +327,14 @@ def test_two_threads_go_back_through_one_graph():
     assert not any(block.recorder.alive())
 
 
-@pytest.mark.parametrize("kind", LAYERS[:3])
+@pytest.mark.parametrize("kind", TWICE)
 def test_second_derivatives_are_refused_where_they_would_need_the_input(kind):
     block = Block((kind,))
     with pytest.raises(RuntimeError, match=r"not kept but offered by recompute\.offered"):
         block.gradients(block(block.x), create_graph=True)
 
 
-@pytest.mark.parametrize("kind", LAYERS[:3])
+@pytest.mark.parametrize("kind", TWICE)
 def test_second_derivatives_of_a_constant_input(kind):
     def second(offer):
         block = Block((kind,), train_x=False)

@@ -63,6 +63,17 @@ def test_a_layer_keeps_what_the_formula_says(dtype, keep):
     assert saved_bytes(adapted(dtype, keep_ratio=keep), dtype) == expected
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_under_autocast_a_layer_keeps_residuals_as_they_are_and_the_rest_in_the_autocast_dtype(keep):
+    model, kept = adapted(torch.float32, keep_ratio=keep), int(keep * TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = saved_bytes(model, torch.float32)
+    inputs_of_norms = 2 * kept * HIDDEN * (4 - 2)  # what float32 takes beyond bfloat16
+    cast_weights = 2 * HIDDEN * ((2 * HEADS + 2 * GROUPS) * DEPTH + 3 * INTERMEDIATE)  # for dx, as torch keeps them
+    rows = 4 * kept if keep < 1 else 0
+    assert found == attention_bytes(kept, 2) + mlp_bytes(kept, 2) + inputs_of_norms + cast_weights + rows
+
+
 @pytest.mark.parametrize("apply_to", ["attention", "mlp"])
 def test_a_half_that_is_dense_keeps_all_tokens(apply_to):
     kept = TOKENS // 2

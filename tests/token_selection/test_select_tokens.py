@@ -143,6 +143,21 @@ def test_kept_tokens(tokens, keep, block_size, kept):
     assert ops.kept_tokens(tokens, keep, block_size) == kept
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((10.5, 0.5, 4), TypeError, "tokens must be an integer, got 10.5"),
+        ((True, 0.5, 4), TypeError, "tokens must be an integer, got True"),
+        ((-1, 0.5, 4), ValueError, "tokens must not be negative, got -1"),
+        ((10, 2.0, 4), ValueError, r"keep must be a ratio in \[0, 1\], got 2.0"),
+        ((10, 0.5, 4.0), TypeError, "block_size must be an integer, got 4.0"),
+    ],
+)
+def test_kept_tokens_refuses(arguments, error, message):
+    with pytest.raises(error, match=f"kept_tokens: {message}"):
+        ops.kept_tokens(*arguments)
+
+
 def test_a_product_above_an_integer_by_rounding_is_that_integer():
     for total in range(1, 200):
         for blocks in range(total + 1):
@@ -176,7 +191,8 @@ CASES = [
     ({"scores": torch.ones(9)}, ValueError, r"scores must be 2-D, got float32 \[9\]"),
     ({"scores": torch.ones(2, 9).int()}, TypeError, r"scores must be float32, .*, got int32 \[2, 9\]"),
     ({"tokens": 9}, ValueError, r"scores must be \[B, 9 // 4\] for 9 tokens, got float32 \[2, 9\]"),
-    ({"tokens": -1}, ValueError, r"scores must be \[B, -1 // 4\] for -1 tokens"),
+    ({"tokens": -1}, ValueError, "tokens must not be negative, got -1"),
+    ({"tokens": 10.5}, TypeError, "tokens must be an integer, got 10.5"),
     ({"threshold": NAN}, ValueError, "threshold must not be NaN"),
     ({"threshold": "high"}, TypeError, "threshold must be a number or a 0-d tensor, got 'high'"),
     ({"threshold": torch.ones(1)}, ValueError, r"threshold must be .* a floating 0-d tensor, got float32 \[1\]"),
@@ -198,6 +214,7 @@ def test_message_names_argument_expectation_and_what_came(changes, error, messag
         (torch.zeros(3).int(), 4, ValueError, r"positions must be \[B, S\], got int32 \[3\]"),
         (torch.zeros(1, 3).long(), 4, TypeError, r"positions must be int32, got int64 \[1, 3\]"),
         (torch.zeros(1, 3).int(), -4, ValueError, "tokens must not be negative, got -4"),
+        (torch.zeros(1, 3).int(), 4.5, TypeError, "tokens must be an integer, got 4.5"),
         (torch.zeros(2, 3).int(), 2**30, ValueError, r"rows must be fewer than 2\^31 to be int32, got 2 x 1073741824"),
     ],
 )
