@@ -202,6 +202,9 @@ def parallel_jobs() -> int:
 def cpu_library(torch_dir: Path) -> SharedLibrary:
     operators = (
         "cross_entropy.cpp",
+        "delta_competition.cpp",
+        "delta_magnitudes.cpp",
+        "delta_random_mask.cpp",
         "deltas.cpp",
         "lora.cpp",
         "lora_products.cpp",

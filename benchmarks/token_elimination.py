@@ -4,7 +4,7 @@
              residual's, beside transformers' RMSNorm of `index_select`
     scatter  `ops.scatter_add_rows` beside `index_add_` on a clone; and in place
     linear   `ops.gather_linear_scatter`, forward, beside the linear layer for all rows, and beside `index_select`, the
-             linear layer and `index_add_` on a clone
+             linear layer and `index_add_` on a clone; and in place, beside the linear layer for all rows added in place
     scores   `ops.block_scores` beside products and reductions of the `[T, T]` matrix
     loss     `ops.linear_cross_entropy` forward + backward to its input, beside the logits in float32 and torch's
              cross_entropy, as transformers has it; with the peak of tensor bytes of each
@@ -39,15 +39,18 @@ SELECTED = "index_select, RMSNorm"
 ADDED = "index_add_ on a clone"
 IN_PLACE = f"{OURS}, in place"
 UNFUSED = "index_select, linear, index_add_"
+ADDED_DENSE = token_limits.ADDED_DENSE
 MATRIX = "torch, [T, T] matrix"
 LOGITS = "torch, all logits"
 BASES: dict[str, tuple[str, ...]] = {
     "norm": (SELECTED,),
     "scatter": (ADDED,),
-    "linear": (DENSE, UNFUSED),
+    "linear": (DENSE, UNFUSED, ADDED_DENSE),
     "scores": (MATRIX,),
     "loss": (LOGITS,),
 }
+FORMS = {ADDED_DENSE: IN_PLACE}
+"""The arm of ours that another is compared with, where it is not `OURS`."""
 _EPS = 1e-5
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _INPUTS = 12  # more would be slow to make
@@ -164,8 +167,16 @@ def _linear(case: TokenCase, suite: Suite) -> list[Run]:
         x, residual = item
         return pk.ops.gather_linear_scatter(x, weight, None, rows, residual)
 
+    def in_place(item: tuple[Tensor, Tensor]) -> Tensor:
+        x, residual = item
+        return pk.ops.gather_linear_scatter(x, weight, None, rows, residual, in_place=True)
+
     def dense(item: tuple[Tensor, Tensor]) -> Tensor:
         return F.linear(item[0], weight)
+
+    def added_dense(item: tuple[Tensor, Tensor]) -> Tensor:
+        x, residual = item
+        return residual.addmm_(x, weight.t())
 
     def plain(item: tuple[Tensor, Tensor]) -> Tensor:
         x, residual = item
@@ -175,8 +186,17 @@ def _linear(case: TokenCase, suite: Suite) -> list[Run]:
         require_equal("gather_linear_scatter", fused(inputs[0]), plain(inputs[0]), _TOLERANCE[case.dtype])
         return turn(inputs, fused)
 
+    def ours_in_place() -> Work:
+        x, residual = inputs[0]
+        found = in_place((x, residual.clone()))
+        require_equal("gather_linear_scatter in place", found, plain(inputs[0]), _TOLERANCE[case.dtype])
+        return turn(own, in_place)
+
+    # What is added grows with the rounds, by the standard deviation of one each time: far below where sums overflow.
+    own, others = ([(x, residual.clone()) for x, residual in inputs] for _ in range(2))
     return [
-        *((OURS, ours()), (DENSE, turn(inputs, dense)), (UNFUSED, turn(inputs, plain))),
+        *((OURS, ours()), (IN_PLACE, ours_in_place())),
+        *((DENSE, turn(inputs, dense)), (UNFUSED, turn(inputs, plain)), (ADDED_DENSE, turn(others, added_dense))),
         *_on_each_backend(suite, ours),
     ]
 

@@ -17,7 +17,6 @@ def _label(case: dict[str, Any]) -> Row:
 
 def operations(section: Section) -> str:
     """One operation of token elimination, beside plain PyTorch; times in microseconds, peaks of memory in MB."""
-    ours = token_elimination.OURS
     header = [
         *("operation", "sizes", "tokens", "dtype", "ours, us", "compared with", "us"),
         *("ours relative to it", "ours: times faster", "limit: times faster", "peak MB: ours / other"),
@@ -34,10 +33,13 @@ def operations(section: Section) -> str:
     for record in section["train_info"]["cases"]:
         times = record.get("limits", {}).get("times_faster", {})
         for base in token_elimination.BASES[record["case"]["operation"]]:
+            ours = token_elimination.FORMS.get(base, token_elimination.OURS)
             peaks = [record.get("arms", {}).get(name, {}).get("peak_bytes") for name in (ours, base)]
+            operation, *sizes = _label(record["case"])
             rows.append(
                 [
-                    *_label(record["case"]),
+                    f"{operation}{ours.removeprefix(token_elimination.OURS)}",
+                    *sizes,
                     cell(record, ours, _microseconds),
                     base,
                     cell(record, base, _microseconds),

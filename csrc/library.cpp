@@ -90,6 +90,10 @@ STABLE_TORCH_LIBRARY(peft_kernels, m) {
   m.def(
       "gather_linear_scatter(Tensor x, Tensor weight, Tensor? bias, Tensor rows, Tensor? residual, bool gather, "
       "bool transposed) -> Tensor");
+  // The same in place of out [M, N], which lies apart from x, weight and bias.
+  m.def(
+      "gather_linear_scatter_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor rows, bool gather, "
+      "bool transposed) -> ()");
   // Informativeness of the blocks of keys: q [B, heads, T, D], k [B, key_value_heads, T, D] -> [B, T // block_size].
   m.def("block_scores(Tensor q, Tensor k, SymInt block_size, Tensor? starts) -> Tensor");
   // Tokens of the blocks with the largest scores [B, tokens // block_size]: positions int32, sorted, then -1; counts.

@@ -37,19 +37,6 @@ def _row_values(op: str, name: str, target: Tensor, values: Tensor, rows: Tensor
     _dtype_of(op, "values", values, name, target.dtype)
 
 
-def _extents_meet(left: Tensor, right: Tensor) -> bool:
-    """Whether what lies between first and last byte of two matrices has bytes in common."""
-    if left.numel() == 0 or right.numel() == 0:
-        return False
-    (begin, end), (other_begin, other_end) = _extent(left), _extent(right)
-    return begin < other_end and other_begin < end
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
 def gather_rows(x: Tensor, rows: Tensor) -> None:
     op = "gather_rows"
     _activations(op, "x", x)
@@ -63,23 +50,14 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor) -> None:
 def scatter_add_rows_(out: Tensor, values: Tensor, rows: Tensor) -> None:
     op = "scatter_add_rows_"
     _row_values(op, "out", out, values, rows)
-    if _overlaps_itself(out):
-        _refuse(op, f"out is written in place and must not overlap itself, got strides {out.stride()}")
-    if _extents_meet(values, out):
-        expected = "values must share no memory with out, which is written in place"
-        _refuse(op, f"{expected}, got {_described(values)} for {_described(out)}")
+    _own_memory(op, out, {"values": values})
 
 
-def gather_linear_scatter(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    residual: Tensor | None,
-    gather: bool,
-    transposed: bool,
-) -> None:
-    op, device = "gather_linear_scatter", x.device
+def _product(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, gather: bool, transposed: bool
+) -> tuple[int, int]:
+    """Rows of x and columns of the product."""
+    device = x.device
     height, inner = _activations(op, "x", x)
     count = _rows(op, rows, device)
     if not gather and height != count:
@@ -91,12 +69,61 @@ def gather_linear_scatter(
     _dtype_of(op, "weight", weight, "x", x.dtype)
     columns = shape[1 if transposed else 0]
     _bias(op, bias, columns, x)
-    if residual is None:
-        return
-    total, width = _matrix(op, "residual", residual, device)
+    return height, columns
+
+
+def _target(op: str, name: str, target: Tensor, x: Tensor, shape: tuple[int, int], gather: bool) -> None:
+    """What a product is added to: `[M, N]`, with as many rows as x where these are gathered."""
+    height, columns = shape
+    total, width = _matrix(op, name, target, x.device)
     if width != columns or (gather and total != height):
-        _refuse(op, f"residual must be [{height if gather else 'M'}, {columns}], got {_described(residual)}")
-    _dtype_of(op, "residual", residual, "x", x.dtype)
+        _refuse(op, f"{name} must be [{height if gather else 'M'}, {columns}], got {_described(target)}")
+    _dtype_of(op, name, target, "x", x.dtype)
+
+
+def gather_linear_scatter(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    residual: Tensor | None,
+    gather: bool,
+    transposed: bool,
+) -> None:
+    op = "gather_linear_scatter"
+    shape = _product(op, x, weight, bias, rows, gather, transposed)
+    if residual is not None:
+        _target(op, "residual", residual, x, shape, gather)
+
+
+def gather_linear_scatter_(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, gather: bool, transposed: bool
+) -> None:
+    op = "gather_linear_scatter_"
+    _target(op, "out", out, x, _product(op, x, weight, bias, rows, gather, transposed), gather)
+    _own_memory(op, out, {"x": x, "weight": weight, "bias": bias})
+
+
+def _own_memory(op: str, out: Tensor, others: dict[str, Tensor | None]) -> None:
+    if _overlaps_itself(out):
+        _refuse(op, f"out is written in place and must not overlap itself, got strides {out.stride()}")
+    for name, tensor in others.items():
+        if tensor is not None and _interleaved(out, tensor):
+            _refuse(op, f"out is written in place and must lie apart from {name} in memory, got one within the other")
+
+
+def _interleaved(first: Tensor, second: Tensor) -> bool:
+    """Whether memory between the first and the last element of one tensor is between those of the other, too."""
+    (begin, end), (other_begin, other_end) = _extent(first), _extent(second)
+    return begin < other_end and other_begin < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first element to behind its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size()
 
 
 def block_scores(q: Tensor, k: Tensor, block_size: int, starts: Tensor | None) -> None:
@@ -124,6 +151,13 @@ def block_scores(q: Tensor, k: Tensor, block_size: int, starts: Tensor | None) -
 
 CHECKS: dict[str, Callable[..., Any]] = {
     check.__name__: check
-    for check in (gather_rows, scatter_add_rows, scatter_add_rows_, gather_linear_scatter, block_scores)
+    for check in (
+        gather_rows,
+        scatter_add_rows,
+        scatter_add_rows_,
+        gather_linear_scatter,
+        gather_linear_scatter_,
+        block_scores,
+    )
 }
 """Operator name to its check, which returns nothing or raises RuntimeError."""

@@ -78,23 +78,45 @@ def gather_linear_scatter(
 ) -> Tensor:
     """See `peft_kernels.reference.token_elimination.gather_linear_scatter`.
 
-    One fused kernel behind the copy of residual; in float32 the library's product between our gather and our scatter.
+    Behind a copy of residual `gather_linear_scatter_`; without residual the same product, stored where it is.
 
-    What bounds it, calculated for an H100 (989 TFLOP/s in 16 bits, 3.35 TB/s): the product's time goes with the kept
-    rows down to about 267 of them, where reading weight takes as long as the FLOPs do. The gather in the load adds 4
-    bytes per row and tile of columns and saves the 2 e S K bytes of a copy of x[rows]. The copy of residual moves 2 e M
-    N bytes, which an operator in place would not: 0.08 ms beside the product's 0.28 at M = 16384, half of them kept,
-    K = N = 4096. Programs could copy dropped rows while they multiply; that takes a map from rows to entries, since
-    entries that stand for no row rule out a binary search.
+    The copy moves 2 e M N bytes, which in place nobody does: calculated for an H100 at 3.35 TB/s, 0.08 ms beside the
+    product's 0.28 at M = 16384, half of the rows kept, K = N = 4096. Programs could copy dropped rows while others
+    multiply; that takes a map from rows to entries, since entries that stand for no row rule out a binary search.
     """
+    if residual is not None:
+        out = residual.clone(memory_format=torch.contiguous_format)
+        gather_linear_scatter_(out, x, weight, bias, rows, gather, transposed)
+        return out
     if x.dtype in _FUSED_DTYPES:
         return fused_gather_linear_scatter(x, weight, bias, rows, residual, gather, transposed)
+    y = _library_product(x, weight, bias, rows, gather, transposed)
+    return torch.where((rows >= 0)[:, None], y, 0.0)
+
+
+def gather_linear_scatter_(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, gather: bool, transposed: bool
+) -> None:
+    """See `peft_kernels.reference.token_elimination.gather_linear_scatter_`.
+
+    One fused kernel; in float32 the library's product between our gather and our scatter.
+
+    What bounds it, calculated for an H100 (989 TFLOP/s in 16 bits): the product's time goes with the kept rows down to
+    about 267 of them, where reading weight takes as long as the FLOPs do. The gather in the load adds 4 bytes per row
+    and tile of columns and saves the 2 e S K bytes of a copy of x[rows]; rows that are dropped cost nothing.
+    """
+    if x.dtype in _FUSED_DTYPES:
+        fused_gather_linear_scatter_(out, x, weight, bias, rows, gather, transposed)
+    else:
+        scatter_add_rows_(out, _library_product(x, weight, bias, rows, gather, transposed), rows)
+
+
+def _library_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, gather: bool, transposed: bool
+) -> Tensor:
     inputs = gather_rows(x, rows) if gather else x
     matrix = weight if transposed else weight.t()
-    y = inputs @ matrix if bias is None else torch.addmm(bias, inputs, matrix)
-    if residual is None:
-        return torch.where((rows >= 0)[:, None], y, 0.0)
-    return scatter_add_rows(residual, y, rows)
+    return inputs @ matrix if bias is None else torch.addmm(bias, inputs, matrix)
 
 
 def fused_gather_linear_scatter(
@@ -106,26 +128,48 @@ def fused_gather_linear_scatter(
     gather: bool,
     transposed: bool,
 ) -> Tensor:
-    """`gather_linear_scatter` as one kernel, for any dtype."""
+    """`gather_linear_scatter` with the product as one kernel, for any dtype."""
+    if residual is not None:
+        out = residual.clone(memory_format=torch.contiguous_format)
+        fused_gather_linear_scatter_(out, x, weight, bias, rows, gather, transposed)
+        return out
+    out = torch.empty((rows.shape[0], weight.shape[1 if transposed else 0]), dtype=x.dtype, device=x.device)
+    _fused_product(out, x, weight, bias, rows, gather, transposed, add=False)
+    return out
+
+
+def fused_gather_linear_scatter_(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, gather: bool, transposed: bool
+) -> None:
+    """`gather_linear_scatter_` as one kernel, for any dtype."""
+    _fused_product(out, x, weight, bias, rows, gather, transposed, add=True)
+
+
+def _fused_product(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    gather: bool,
+    transposed: bool,
+    add: bool,
+) -> None:
+    """The product added to out at rows, or stored as out `[S, N]`."""
     matrix = weight if transposed else weight.t()
     S, (K, N) = rows.shape[0], matrix.shape
-    if residual is None:
-        out = torch.empty((S, N), dtype=x.dtype, device=x.device)
-    else:
-        out = residual.clone(memory_format=torch.contiguous_format)
     tile = _tile(x, S, N)
     common.launch(
         token_elimination_kernels.gather_matmul_kernel, (ceil_div(S, tile.rows) * ceil_div(N, tile.columns),), x.device,
         x, matrix, bias, rows.contiguous(), out, S, K, N,
-        *x.stride(), *matrix.stride(), 0 if bias is None else bias.stride(0),
-        GATHER=gather, ADD=residual is not None, BIAS=bias is not None,
+        *x.stride(), *matrix.stride(), 0 if bias is None else bias.stride(0), *out.stride(),
+        GATHER=gather, ADD=add, BIAS=bias is not None,
         BLOCK_S=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP_S=8, **tile.options(),
     )  # fmt: skip
-    return out
 
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     launcher.__name__: checked(launcher, token_checks.CHECKS)
-    for launcher in (gather_rows, scatter_add_rows, scatter_add_rows_, gather_linear_scatter)
+    for launcher in (gather_rows, scatter_add_rows, scatter_add_rows_, gather_linear_scatter, gather_linear_scatter_)
 }
 """Operator name to launcher; each takes exactly the operator's arguments, positionally, and checks them first."""

@@ -48,14 +48,14 @@ def scatter_add_rows_kernel(
 @jit
 def gather_matmul_kernel(
     x_ptr, matrix_ptr, bias_ptr, rows_ptr, out_ptr, S, K, N,
-    x_stride_m, x_stride_k, matrix_stride_k, matrix_stride_n, bias_stride,
+    x_stride_m, x_stride_k, matrix_stride_k, matrix_stride_n, bias_stride, out_stride_m, out_stride_n,
     GATHER: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_S: tl.constexpr,
 ):  # fmt: skip
     """`x[rows] matrix + bias`: with ADD added to out `[M, N]` at rows, else stored as out `[S, N]`; rounded once.
 
-    Without GATHER x is `[S, K]`, its rows gathered already. out is contiguous. A row's place is looked up once and
-    stays in the pointers, so that the loop is that of a dense product.
+    Without GATHER x is `[S, K]`, its rows gathered already. A row's place is looked up once and stays in the pointers,
+    so that the loop is that of a dense product.
     Bytes: e (S K + K N + S N), with ADD e S N more, and 4 S; FLOPs: 2 S K N.
     """
     # Programs walk GROUP_S row blocks down before they step right, so that a wave shares both operands in L2.
@@ -92,10 +92,10 @@ def gather_matmul_kernel(
             result += tl.load(bias_ptr + columns * bias_stride, mask=column_inside, other=0.0).to(tl.float32)[None, :]
         if ADD:
             inside = is_row & column_inside[None, :]
-            out_ptrs = pointers(out_ptr, rows, N, columns, 1)
+            out_ptrs = pointers(out_ptr, rows, out_stride_m, columns, out_stride_n)
             result += tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
         else:
             inside = entry_inside[:, None] & column_inside[None, :]
-            out_ptrs = pointers(out_ptr + first_entry * N, entries, N, columns, 1)
+            out_ptrs = pointers(out_ptr + first_entry * out_stride_m, entries, out_stride_m, columns, out_stride_n)
             result = tl.where(is_row, result, 0.0)
         tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)

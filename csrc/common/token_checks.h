@@ -27,21 +27,6 @@ inline int64_t check_row_values(const char* op, const Tensor& target, const Tens
   return count;
 }
 
-// That values [S, C] share nothing with out [M, C], which is written: rows would be read when others have changed them.
-// What lies between the first byte of a matrix and its last one counts as its own.
-inline void check_values_apart(const char* op, const Tensor& values, const Tensor& out) {
-  if (values.numel() == 0 || out.numel() == 0) return;
-  const auto begin = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
-  const auto end = [&](const Tensor& tensor) {
-    const int64_t last = (tensor.size(0) - 1) * tensor.stride(0) + (tensor.size(1) - 1) * tensor.stride(1);
-    return begin(tensor) + (last + 1) * tensor.element_size();
-  };
-  STD_TORCH_CHECK(
-      end(values) <= begin(out) || end(out) <= begin(values), op,
-      ": values must share no memory with out, which is written in place, got ", described(values), " for ",
-      described(out));
-}
-
 // The weight [H] of a norm, in a dtype of its own.
 inline void check_norm_weight(
     const char* op, const Tensor& weight, int64_t columns, const Tensor& like, bool takes_float64) {
@@ -123,9 +108,9 @@ inline void check_rope(
 }
 
 // x [M, K], or [S, K] gathered; weight [N, K], or [K, N] transposed. Returns S.
-inline int64_t check_gather_linear_scatter(
+inline int64_t check_gathered_product(
     const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& rows,
-    const std::optional<Tensor>& residual, bool gather, bool transposed, bool takes_float64) {
+    bool gather, bool transposed, bool takes_float64) {
   check_activations(op, "x", x, takes_float64);
   const int64_t count = check_rows(op, rows, x);
   STD_TORCH_CHECK(
@@ -135,15 +120,59 @@ inline int64_t check_gather_linear_scatter(
       weight.size(transposed ? 0 : 1) == x.size(1), op, ": weight must be ", transposed ? "[" : "[N, ", x.size(1),
       transposed ? ", N]" : "]", ", got ", described(weight));
   check_dtype(op, "weight", weight, x);
-  const int64_t columns = weight.size(transposed ? 1 : 0);
-  check_bias(op, bias, columns, x);
+  check_bias(op, bias, weight.size(transposed ? 1 : 0), x);
+  return count;
+}
+
+// What such a product is added to: [M, N], with as many rows as x where these are gathered.
+inline void check_product_target(
+    const char* op, const char* name, const Tensor& target, const Tensor& x, int64_t columns, bool gather) {
+  check_matrix(op, name, target, x);
+  STD_TORCH_CHECK(
+      target.size(1) == columns && (!gather || target.size(0) == x.size(0)), op, ": ", name, " must be [",
+      gather ? std::to_string(x.size(0)) : "M", ", ", columns, "], got ", described(target));
+  check_dtype(op, name, target, x);
+}
+
+inline int64_t check_gather_linear_scatter(
+    const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& rows,
+    const std::optional<Tensor>& residual, bool gather, bool transposed, bool takes_float64) {
+  const int64_t count = check_gathered_product(op, x, weight, bias, rows, gather, transposed, takes_float64);
   if (residual.has_value()) {
-    check_matrix(op, "residual", *residual, x);
-    STD_TORCH_CHECK(
-        residual->size(1) == columns && (!gather || residual->size(0) == x.size(0)), op, ": residual must be [",
-        gather ? std::to_string(x.size(0)) : "M", ", ", columns, "], got ", described(*residual));
-    check_dtype(op, "residual", *residual, x);
+    check_product_target(op, "residual", *residual, x, weight.size(transposed ? 1 : 0), gather);
   }
+  return count;
+}
+
+// Whether memory between the first and the last element of one tensor is between those of the other, too.
+inline bool interleaved(const Tensor& first, const Tensor& second) {
+  if (first.numel() == 0 || second.numel() == 0) return false;
+  const auto begin = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  const auto end = [&](const Tensor& tensor) {
+    int64_t steps = 1;
+    for (int64_t d = 0; d < tensor.dim(); ++d) steps += (tensor.size(d) - 1) * tensor.stride(d);
+    return begin(tensor) + steps * tensor.element_size();
+  };
+  return begin(first) < end(second) && begin(second) < end(first);
+}
+
+inline void check_lies_apart(
+    const char* op, const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  STD_TORCH_CHECK(
+      !interleaved(tensor, other), op, ": ", name, " is written in place and must lie apart from ", other_name,
+      " in memory, got one within the other");
+}
+
+// The same in place of out, which the product must not read.
+inline int64_t check_gather_linear_scatter_(
+    const char* op, const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& rows, bool gather, bool transposed, bool takes_float64) {
+  const int64_t count = check_gathered_product(op, x, weight, bias, rows, gather, transposed, takes_float64);
+  check_product_target(op, "out", out, x, weight.size(transposed ? 1 : 0), gather);
+  check_apart(op, "out", out);
+  check_lies_apart(op, "out", out, "x", x);
+  check_lies_apart(op, "out", out, "weight", weight);
+  if (bias.has_value()) check_lies_apart(op, "out", out, "bias", *bias);
   return count;
 }
 

@@ -1,4 +1,5 @@
-// The raw-pointer kernels of the delta algebra for one instruction set; deltas.cpp composes and threads them.
+// The raw-pointer kernels of the delta algebra for one instruction set; deltas.cpp and its neighbors compose and
+// thread them.
 //
 // Values are worked on in float, or in double where one of a call's tensors holds doubles, a chunk of at most kRun at a
 // time. The *key* of a value is the bit pattern of its magnitude, read as an integer: it orders as magnitudes do.
@@ -72,5 +73,8 @@ extern const DeltaKernels delta_kernels_baseline;
 extern const DeltaKernels delta_kernels_avx2;
 extern const DeltaKernels delta_kernels_avx512;
 #endif
+
+// Those of the instruction set that is used.
+const DeltaKernels& delta_kernels();
 
 }  // namespace peft_kernels

@@ -20,11 +20,6 @@ namespace {
 
 int index_of(const Tensor& tensor) { return static_cast<int>(dtype_of(tensor.scalar_type())); }
 
-// Elements of `bytes` each, `stride` apart, to neighbors and back.
-void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t count, int64_t bytes) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride * bytes, from + i * from_stride * bytes, bytes);
-}
-
 Tensor gather_rows(Tensor x, Tensor rows) {
   constexpr const char* op = "gather_rows";
   check_activations(op, "x", x, true);
@@ -70,28 +65,9 @@ void scatter_add_rows_(Tensor out, Tensor values, Tensor rows) {
   check_activations(op, "out", out, true);
   check_row_values(op, out, values, rows);
   check_apart(op, "out", out);
-  check_values_apart(op, values, out);
+  check_lies_apart(op, "out", out, "values", values);
   const RowList list = RowList::sorted(op, rows, out.size(0));
-  const MatrixRows from(values);
-  const int64_t columns = out.size(1), column_stride = columns <= 1 ? 1 : out.stride(1), bytes = out.element_size();
-  const int64_t row_bytes = out.stride(0) * bytes;
-  char* data = static_cast<char*>(out.data_ptr());
-  const auto add = token_kernels().add[index_of(out)];
-  parallel_units(list.count(), 1, kWorkPerMove * columns * bytes, [&](int64_t begin, int64_t end) {
-    const Scratch memory(column_stride == 1 ? 0 : columns * bytes);
-    char* sums = static_cast<char*>(memory.get());
-    for (int64_t s = begin; s < end; ++s) {
-      if (list[s] < 0) continue;
-      char* row = data + list[s] * row_bytes;
-      if (column_stride == 1) {
-        add(row, from[s], row, columns);
-      } else {
-        copy_strided(sums, 1, row, column_stride, columns, bytes);
-        add(sums, from[s], sums, columns);
-        copy_strided(row, column_stride, sums, 1, columns, bytes);
-      }
-    }
-  });
+  add_at(out, list, 0, list.count(), MatrixRows(values));
 }
 
 // offset + weight [H] in the accumulation dtype of rows of `dtype`.

@@ -43,6 +43,17 @@ class Product {
   bool gather_, transposed_;
 };
 
+// body(begin, end, last) for the chunks of a sorted list that have a row in them, which the last of is at `last`.
+template <typename F>
+void each_chunk(const RowList& list, const F& body) {
+  for (int64_t begin = 0; begin < list.count(); begin += kChunk) {
+    const int64_t end = std::min(list.count(), begin + kChunk);
+    int64_t last = end - 1;
+    while (last >= begin && list[last] < 0) --last;
+    if (last >= begin) body(begin, end, last);
+  }
+}
+
 Tensor gather_linear_scatter(
     Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor rows, std::optional<Tensor> residual, bool gather,
     bool transposed) {
@@ -66,16 +77,12 @@ Tensor gather_linear_scatter(
   const MatrixRows from(*residual), to(out);
   const Product product(x, weight, bias, gather, transposed);
   int64_t written = 0;
-  for (int64_t begin = 0; begin < count; begin += kChunk) {
-    const int64_t end = std::min(count, begin + kChunk);
-    int64_t last = end - 1;
-    while (last >= begin && list[last] < 0) --last;
-    if (last < begin) continue;  // no row in it
+  each_chunk(list, [&](int64_t begin, int64_t end, int64_t last) {
     const Tensor y = product(list, begin, end);
     const int64_t until = list[last] + 1;
     scatter_add_into(from, MatrixRows(y), places, begin, written, until, to, columns, dtype);
     written = until;
-  }
+  });
   if (written < total) {
     parallel_units(total - written, 1, kWorkPerMove * to.bytes(), [&](int64_t first, int64_t end) {
       for (int64_t row = written + first; row < written + end; ++row) std::memcpy(to[row], from[row], to.bytes());
@@ -84,9 +91,21 @@ Tensor gather_linear_scatter(
   return out;
 }
 
+void gather_linear_scatter_(
+    Tensor out, Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor rows, bool gather, bool transposed) {
+  constexpr const char* op = "gather_linear_scatter_";
+  check_gather_linear_scatter_(op, out, x, weight, bias, rows, gather, transposed, true);
+  const RowList list = RowList::sorted(op, rows, out.size(0));
+  const Product product(x, weight, bias, gather, transposed);
+  each_chunk(list, [&](int64_t begin, int64_t end, int64_t) {
+    add_at(out, list, begin, end, MatrixRows(product(list, begin, end)));
+  });
+}
+
 }  // namespace
 }  // namespace peft_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
   m.impl("gather_linear_scatter", TORCH_BOX(&peft_kernels::gather_linear_scatter));
+  m.impl("gather_linear_scatter_", TORCH_BOX(&peft_kernels::gather_linear_scatter_));
 }

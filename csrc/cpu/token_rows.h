@@ -114,4 +114,33 @@ inline void scatter_add_into(
   });
 }
 
+// Elements of `bytes` each, `stride` apart, to neighbors and back.
+inline void copy_strided(
+    char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t count, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride * bytes, from + i * from_stride * bytes, bytes);
+}
+
+// out[rows[begin:end]] += values, in place of an out with any strides; in threads.
+inline void add_at(const Tensor& out, const RowList& rows, int64_t begin, int64_t end, const MatrixRows& values) {
+  const int64_t columns = out.size(1), column_stride = columns <= 1 ? 1 : out.stride(1), bytes = out.element_size();
+  const int64_t row_bytes = out.stride(0) * bytes;
+  char* data = static_cast<char*>(out.data_ptr());
+  const auto add = token_kernels().add[static_cast<int>(dtype_of(out.scalar_type()))];
+  parallel_units(end - begin, 1, kWorkPerMove * columns * bytes, [&](int64_t first, int64_t last) {
+    const Scratch memory(column_stride == 1 ? 0 : columns * bytes);
+    char* sums = static_cast<char*>(memory.get());
+    for (int64_t s = first; s < last; ++s) {
+      if (rows[begin + s] < 0) continue;
+      char* row = data + rows[begin + s] * row_bytes;
+      if (column_stride == 1) {
+        add(row, values[s], row, columns);
+      } else {
+        copy_strided(sums, 1, row, column_stride, columns, bytes);
+        add(sums, values[s], sums, columns);
+        copy_strided(row, column_stride, sums, 1, columns, bytes);
+      }
+    }
+  });
+}
+
 }  // namespace peft_kernels

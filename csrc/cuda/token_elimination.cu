@@ -33,6 +33,12 @@ constexpr int kRows = 4;  // of a thread
 
 const int32_t* row_numbers(const Tensor& rows) { return static_cast<const int32_t*>(rows.const_data_ptr()); }
 
+// The rows that a list names at a thread's places, -1 behind its end.
+__device__ __forceinline__ void load_rows(const int32_t* list, const Place& place, int64_t (&rows)[kRows]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) rows[i] = i < place.count ? list[place.row + i] : -1;
+}
+
 // --- out [S, C] = x[rows] ---
 
 struct GatherArguments {
@@ -46,8 +52,7 @@ __global__ void __launch_bounds__(kChunkThreads) gather_rows_kernel(const __grid
   const Place place = place_of_thread<Bits, kRows>(a.size);
   if (place.count == 0) return;
   int64_t rows[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) rows[i] = i < place.count ? a.rows[place.row + i] : -1;
+  load_rows(a.rows, place, rows);
   Chunk<Bits> chunks[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -152,8 +157,7 @@ __global__ void __launch_bounds__(kChunkThreads) add_rows_kernel(const __grid_co
   const Place place = place_of_thread<Element, kRows>(a.size);
   if (place.count == 0) return;
   int64_t rows[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) rows[i] = i < place.count ? a.rows[place.row + i] : -1;
+  load_rows(a.rows, place, rows);
   Chunk<Element> values[kRows], chunks[kRows];
   load_chunks(a.values, place, a.size.columns, values);
 #pragma unroll
@@ -171,7 +175,7 @@ void scatter_add_rows_(Tensor out, const Tensor& values, const Tensor& rows) {
   check_activations(op, "out", out, kTakesFloat64);
   check_apart(op, "out", out);
   check_row_values(op, out, values, rows);
-  check_values_apart(op, values, out);
+  check_lies_apart(op, "out", out, "values", values);
   if (values.numel() == 0 || out.numel() == 0) return;
   const DeviceGuard guard(out.get_device_index());
   const Tensor own_rows = torch::stable::contiguous(rows);

@@ -33,7 +33,8 @@ class TokenEliminationConfig(TokenConfig):
             what the layer's predictor says.
         apply_to: which half of a layer computes for kept tokens alone, "attention", "mlp" or "both".
         train_only: computes for all tokens in evaluation.
-        select_every: so many layers in a row share a selection, which the first of them makes.
+        select_every: so many layers in a row share a selection, which the first of them makes. They have one keep
+            ratio, in a schedule too, and one threshold.
         schedule: keep ratios by index of the layer, layers that it does not name are dense; or a list of them, one
             for each layer. With it goes neither `layers` nor `keep_ratio`.
         seed: of score="random"; None draws from torch's generator of the device.
@@ -92,7 +93,8 @@ class TokenEliminationConfig(TokenConfig):
         """The keep ratio of each layer that eliminates tokens, by its index, for a model of `count` layers.
 
         Raises:
-            ValueError: a layer is named that such a model does not have, or none is left.
+            ValueError: a layer is named that such a model does not have, or none is left; or layers that share a
+                selection have several ratios.
         """
         if self.schedule is not None:
             if isinstance(self.schedule, list) and len(self.schedule) != count:
@@ -110,7 +112,9 @@ class TokenEliminationConfig(TokenConfig):
                     )
             given = dict.fromkeys(indices, 1.0 if self.keep_ratio is None else float(self.keep_ratio))
             name = "layers"
-        return in_order(name, given, count)
+        ratios = in_order(name, given, count)
+        _check_shared(list(ratios.items()), self.select_every)
+        return ratios
 
     def thresholds(self, selecting: Collection[int]) -> dict[int, float | None]:
         """The threshold of each layer that selects tokens, None for none.
@@ -178,6 +182,16 @@ def _checked_thresholds(thresholds: Mapping[Any, Any]) -> dict[int, float]:
         if value != -math.inf:
             check_finite(f"threshold[{index}]", value)
     return {index: float(value) for index, value in sorted(thresholds.items())}
+
+
+def _check_shared(ratios: list[tuple[int, float]], select_every: int) -> None:
+    for number, (index, ratio) in enumerate(ratios):
+        leader, shared = ratios[number - number % select_every]
+        if ratio != shared:
+            raise ValueError(
+                f"schedule must have one keep ratio for layers that share a selection (select_every={select_every}), "
+                f"got {shared} for layer {leader} and {ratio} for layer {index}"
+            )
 
 
 def _index(name: str, key: Any) -> int:

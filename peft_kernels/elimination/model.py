@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import TokenConfig, TokenEliminationConfig
 from ..nn.linear import type_name
-from ..nn.selections import EliminationOptions, Selections
+from ..nn.selections import EliminationOptions, Selections, Sharing
 from ..nn.selective_layer import SelectiveLayer, class_over
 from ..nn.token_elimination import TokenElimination
 from ..nn.token_tune import TokenTune
@@ -141,10 +141,10 @@ def _taken_over(
     taken = {}
     thresholds = config.thresholds(list(anatomies)[:: selections.select_every])
     for number, (index, (own, anatomy)) in enumerate(anatomies.items()):
-        leader = list(anatomies)[number - number % selections.select_every]
-        own = replace(own, threshold=thresholds[leader])
+        if number % selections.select_every == 0:
+            sharing = Sharing(replace(own, threshold=thresholds[index]), index)
         path, module = layers[index]
-        taken[path] = kind.over(module, own, anatomy, selections, index, leader)
+        taken[path] = kind.over(module, sharing, anatomy, selections, index)
     return taken, refused
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +144,7 @@ def set_thresholds(model: nn.Module, thresholds: Mapping[int, float]) -> None:
         set_threshold(groups[index], value)
 
 
-def set_threshold(layers: Iterable[TokenElimination], threshold: float) -> None:
-    """Sets the threshold of layers that share a selection."""
-    for layer in layers:
-        layer.elimination.options = replace(layer.elimination.options, threshold=threshold)
+def set_threshold(layers: Sequence[TokenElimination], threshold: float) -> None:
+    """Sets the threshold of layers that share a selection, and so their options."""
+    leader = layers[0].elimination
+    leader.options = replace(leader.options, threshold=threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ class EliminationOptions:
             raise ValueError(f"apply_to must be one of {', '.join(HALVES)}, got {self.apply_to!r}")
         if not isinstance(self.train_only, bool):
             raise TypeError(f"train_only must be True or False, got {self.train_only!r}")
+        _check_threshold(self.threshold)
 
     @property
     def ratio(self) -> float:
@@ -56,6 +58,17 @@ class EliminationOptions:
     def score_name(self) -> str:
         """The score's name, or the callable's type."""
         return self.score if isinstance(self.score, str) else type(self.score).__name__
+
+
+def _check_threshold(threshold: Any) -> None:
+    if isinstance(threshold, Tensor):
+        if threshold.dim() != 0 or not threshold.is_floating_point():
+            found = f"{threshold.dtype} {list(threshold.shape)}"
+            raise ValueError(f"threshold must be a number or a floating scalar tensor, got a tensor, {found}")
+    elif threshold is not None:
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not number or not threshold < math.inf:  # written so that NaN fails
+            raise ValueError(f"threshold must be a finite number, or -inf to keep everything, got {threshold!r}")
 
 
 @torch.compiler.assume_constant_result
@@ -128,7 +141,7 @@ class Selections:
 
         Args:
             call: by which the call is known; None where there is nothing.
-            key: of the layers that share it.
+            key: of the layers that share it, which all select by the same options.
             index: of the layer. The one that made a selection makes it anew in every forward, whatever is there.
             make: makes one.
             draws: whether that draws from torch's generator.
@@ -149,14 +162,26 @@ class Selections:
 
 
 @dataclass
-class LayerElimination:
-    """One layer's part: its options, its place among the others, and what happened so far.
+class Sharing:
+    """Layers that share a selection.
 
     Attributes:
-        options: how it eliminates.
+        options: how all of them eliminate: a selection by the options of one would not be that of another.
+        leader: number of the layer that selects, the first of them.
+    """
+
+    options: EliminationOptions
+    leader: int
+
+
+@dataclass
+class LayerElimination:
+    """One layer's part: how it eliminates, its place among the others, and what happened so far.
+
+    Attributes:
+        sharing: the layers that it shares selections with, all by the same options.
         anatomy: what is known of its parts.
         selections: shared by the model's layers.
-        leader: number of the layer whose selection it uses; its own where that is `index`.
         index: its number among the model's decoder layers.
         arguments: names of its class's arguments behind the hidden states.
         predictor: for score="predictor".
@@ -169,10 +194,9 @@ class LayerElimination:
             negative ones for none; None for all of them.
     """
 
-    options: EliminationOptions
+    sharing: Sharing
     anatomy: Anatomy
     selections: Selections
-    leader: int
     index: int
     arguments: tuple[str, ...]
     predictor: Callable[[Tensor], Tensor] | None = None
@@ -183,6 +207,20 @@ class LayerElimination:
     kept_tokens: int | Tensor = 0
     dense_calls: Counter[str] = field(default_factory=Counter)
     latest: tuple[tuple[int, int], Tensor | None] | None = None
+
+    @property
+    def options(self) -> EliminationOptions:
+        """How it eliminates; to set them sets those of all layers that it shares selections with."""
+        return self.sharing.options
+
+    @options.setter
+    def options(self, options: EliminationOptions) -> None:
+        self.sharing.options = options
+
+    @property
+    def leader(self) -> int:
+        """Number of the layer whose selection it uses; its own where that is `index`."""
+        return self.sharing.leader
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments behind the hidden states, by name."""
@@ -244,7 +282,7 @@ class LayerElimination:
         call = tables[0] if tables else None
         kept = self.selections.find_or_make(
             call,
-            (self.leader, options.ratio, options.threshold, options.block_size),
+            self.leader,
             self.index,
             lambda: self._make(layer, x, inputs, call),
             options.score == "random" and self.selections.seed is None,

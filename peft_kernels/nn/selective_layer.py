@@ -20,7 +20,7 @@ from .decoder_layer import Anatomy, GatedPart, RMSNormPart, anatomy_of, decoder_
 from .kept_tokens import Kept
 from .linear import take_over
 from .llama_attention import AttentionPart, call_attention, lean_attention, runs_lean
-from .selections import EliminationOptions, LayerElimination, Selections
+from .selections import EliminationOptions, LayerElimination, Selections, Sharing
 
 _OWN = ("elimination",)
 
@@ -81,19 +81,16 @@ class SelectiveLayer(nn.Module):
     def over(
         cls,
         module: nn.Module,
-        options: EliminationOptions,
+        sharing: Sharing,
         anatomy: Anatomy,
         selections: Selections,
         index: int,
-        leader: int,
         predictor: Callable[[Tensor], Tensor] | None = None,
     ) -> Self:
         """A layer in `module`'s place, without asking it anything; see `LayerElimination` for the arguments."""
         layer = take_over(module, class_over(cls, type(module)))
         arguments = tuple(inspect.signature(type(module).forward).parameters)[2:]
-        layer.elimination = LayerElimination(
-            options, anatomy, selections, leader, index, arguments, predictor, cls.method
-        )
+        layer.elimination = LayerElimination(sharing, anatomy, selections, index, arguments, predictor, cls.method)
         return layer  # type: ignore[return-value]
 
     def own_forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

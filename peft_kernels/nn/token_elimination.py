@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .kept_tokens import mask_obstacle
-from .selections import EliminationOptions, Selections
+from .selections import EliminationOptions, Selections, Sharing
 from .selective_layer import SelectiveLayer, sliding_window
 
 
@@ -40,7 +40,8 @@ class TokenElimination(SelectiveLayer):
             `token_scores.Predictor`; see `TokenEliminationConfig`.
         apply_to: "attention", "mlp" or "both".
         train_only: False eliminates in evaluation too.
-        threshold: blocks with a smaller score are not kept either; a number or a scalar tensor.
+        threshold: blocks with a smaller score are not kept either; a number, -inf to keep everything, or a floating
+            scalar tensor.
         predictor: for score="predictor".
 
     Attributes:
@@ -74,7 +75,7 @@ class TokenElimination(SelectiveLayer):
         anatomy = cls.checked_anatomy(module, options)
         index = getattr(module.get_submodule("self_attn"), "layer_idx", None)
         index = index if isinstance(index, int) else 0
-        return cls.over(module, options, anatomy, Selections(), index, index, predictor)
+        return cls.over(module, Sharing(options, index), anatomy, Selections(), index, predictor)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states `[B, T, H]` to `[B, T, H]`; the other arguments are those of the class that was taken over."""

@@ -12,7 +12,7 @@ from .. import ops
 from .decoder_layer import Anatomy
 from .kept_tokens import Kept, mask_obstacle
 from .llama_attention import AttentionPart, lean_obstacle, selective_attention
-from .selections import EliminationOptions, Selections
+from .selections import EliminationOptions, Selections, Sharing
 from .selective_layer import SelectiveLayer, added, sliding_window
 
 
@@ -87,8 +87,8 @@ class TokenTune(SelectiveLayer):
         index = getattr(module.get_submodule("self_attn"), "layer_idx", None)
         index = index if isinstance(index, int) else 0
         if share_with is None:
-            return cls.over(module, options, anatomy, Selections(SHARED, seed), index, index)
-        return cls.over(module, options, anatomy, first.selections, index, first.leader)
+            return cls.over(module, Sharing(options, index), anatomy, Selections(SHARED, seed), index)
+        return cls.over(module, first.sharing, anatomy, first.selections, index)
 
     @classmethod
     def option_obstacle(cls, module: nn.Module, options: EliminationOptions, anatomy: Anatomy) -> str | None:

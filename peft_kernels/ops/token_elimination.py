@@ -85,6 +85,7 @@ def _register() -> None:
         ("gather_rms_norm_backward", reference.gather_rms_norm_backward, _fake_gather_rms_norm_backward, True),
         ("rope_rows", reference.rope_rows, _fake_rope_rows, True),
         ("gather_linear_scatter", reference.gather_linear_scatter, _fake_gather_linear_scatter, False),  # Triton's
+        ("gather_linear_scatter_", reference.gather_linear_scatter_, fake_in_place, False),
     ):
         register_operator(name, reference=definition, fake=fake, cuda=cuda, triton=triton)
 
@@ -247,6 +248,14 @@ def _check_changeable(op: str, name: str, tensor: Tensor, *others: Tensor) -> No
         )
 
 
+def _check_owned(op: str, residual: Tensor, *others: Tensor) -> None:
+    """Refuses a residual that cannot be changed in place, where it would be."""
+    if not residual.is_contiguous():
+        raise ValueError(f"{op}: residual must be contiguous to be changed in place, got {_describe(residual)}")
+    if not torch.compiler.is_compiling() and not _taken_apart():
+        _check_changeable(op, "residual", residual, *others)
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """`x[rows]`, with a gradient that needs neither atomics nor x.
 
@@ -303,13 +312,11 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor, in_place: b
             f"{op}: values must be [..., {residual.shape[-1]}] with a row for each of rows {list(rows.shape)}, got "
             f"{_describe(values)}"
         )
-    if in_place and not residual.is_contiguous():
-        raise ValueError(f"{op}: residual must be contiguous to be changed in place, got {_describe(residual)}")
+    if in_place:
+        _check_owned(op, residual, values)
     if _taken_apart():
         return reference.scatter_add_rows(as_rows(residual), as_rows(values), rows).view(residual.shape)
     in_place = in_place and not torch.compiler.is_compiling()
-    if in_place:
-        _check_changeable(op, "residual", residual, values)
     return ScatterAddRowsFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
         residual, values, rows, in_place, backends.forced_backend()
     )

@@ -21,6 +21,7 @@ from ._views import no_view
 from .token_elimination import (
     _check_floating,
     _check_like,
+    _check_owned,
     _check_rows,
     _kernel,
     _taken_apart,
@@ -38,18 +39,19 @@ class GatherLinearScatterFunction(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def, override]
         ctx,
+        residual: Tensor | None,  # the first, as autograd expects of what is changed in place where that is a view
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         rows: Tensor,
-        residual: Tensor | None,
         onto_x: bool,
         gathered: bool,
+        in_place: bool,
         backend: str | None,
     ) -> Tensor:
         matrix = as_rows(x)
         kept: tuple[Tensor | None, ...] = (None,)
-        if not ctx.needs_input_grad[1]:
+        if not ctx.needs_input_grad[2]:
             ctx.recipe = None
         elif gathered:
             kept = recompute.to_save(ctx, x)
@@ -59,6 +61,12 @@ class GatherLinearScatterFunction(torch.autograd.Function):
         ctx.save_for_backward(weight, rows, *kept)
         ctx.shape, ctx.onto_x, ctx.scattered = x.shape, onto_x, onto_x or residual is not None
         ctx.gathered, ctx.backend = gathered, backend
+        if in_place:
+            assert residual is not None  # checked before
+            ctx.mark_dirty(residual)
+            product = _kernel("gather_linear_scatter_", x, backend)
+            product(as_rows(residual), matrix, weight, bias, rows, not gathered, False)
+            return residual
         onto = matrix if onto_x else None if residual is None else as_rows(residual)
         y = _kernel("gather_linear_scatter", x, backend)(matrix, weight, bias, rows, onto, not gathered, False)
         return no_view(y, x.shape if onto_x else y.shape if residual is None else residual.shape)
@@ -70,7 +78,7 @@ class GatherLinearScatterFunction(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 return GatherLinearScatterFunction.backward(ctx, grad)
         weight, rows, *kept = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, need_residual = ctx.needs_input_grad[:5]
+        need_residual, need_x, need_weight, need_bias = ctx.needs_input_grad[:4]
         dy = as_rows(grad)
         dx = grad_weight = grad_bias = None
         if need_x:
@@ -81,7 +89,7 @@ class GatherLinearScatterFunction(torch.autograd.Function):
                 grad_weight = kept_dy.t() @ as_rows(recompute.saved(ctx, kept))
             if need_bias:
                 grad_bias = kept_dy.sum(0)
-        return dx, grad_weight, grad_bias, None, grad if need_residual else None, None, None, None
+        return grad if need_residual else None, dx, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _grad_x(ctx, dy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -103,7 +111,13 @@ def _kept_gradient(ctx, dy: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, residual: Tensor | None, gathered: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    residual: Tensor | None,
+    gathered: bool,
+    in_place: bool,
 ) -> None:
     op = "gather_linear_scatter"
     _check_floating(op, "x", x, 2)
@@ -119,6 +133,8 @@ def _check(
     if gathered and count != rows.shape[0]:
         raise ValueError(f"{op}: x must have a row for each of indices {list(rows.shape)}, got {_describe(x)}")
     if residual is None:
+        if in_place:
+            raise ValueError(f"{op}: residual must be given to be changed in place, got None")
         return
     _check_floating(op, "residual", residual, 2)
     _check_like(op, "residual", residual, "x", x)
@@ -127,6 +143,8 @@ def _check(
         raise ValueError(
             f"{op}: residual must be {[*expected, weight.shape[0]]} to match x and weight, got {_describe(residual)}"
         )
+    if in_place:
+        _check_owned(op, residual, x, weight, *([] if bias is None else [bias]))
 
 
 def gather_linear_scatter(
@@ -137,6 +155,7 @@ def gather_linear_scatter(
     residual: Tensor | None = None,
     *,
     gathered: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """residual with `x[indices] weight^T + bias` added at the rows of the kept tokens.
 
@@ -153,20 +172,29 @@ def gather_linear_scatter(
         residual: `[..., N]` in x's dtype, with x's leading dimensions (any that make M rows, with `gathered`); None
             asks for the product alone.
         gathered: x holds the kept rows, as `gather_rows` returns them.
+        in_place: changes residual itself and returns it, so that dropped rows are neither read nor written; only for a
+            contiguous one that nobody else keeps, that shares no memory with x, weight and bias and, where gradients
+            are recorded, is no leaf that gets one. Under `torch.compile`, which plans memory itself, this does nothing.
 
     Returns:
-        residual's shape, or `[S, N]` without residual, zero where there is no row; in x's dtype, a new tensor. Rows
-        that are not kept are residual's bit for bit. Under autocast x, weight and bias are cast to the autocast dtype
-        first, and the product is added in residual's.
+        residual's shape, or `[S, N]` without residual, zero where there is no row; in x's dtype, a new tensor unless
+        in place. Rows that are not kept are residual's bit for bit. Under autocast x, weight and bias are cast to the
+        autocast dtype first, and the product is added in residual's.
 
     Saved for backward: indices, weight by reference, and only while weight trains the kept rows of x.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or device is off; nothing has run.
+        ValueError, TypeError: an argument's shape, dtype or device is off, or residual cannot be changed in place;
+            nothing has run.
+        RuntimeError: residual is to be changed in place and shares memory with another argument; it has not changed.
         BackendUnavailable: inside `use_backend`, when that backend has no kernel for the call.
 
     Source: Wang et al., "LeMo", 2025 (JENGA, USENIX ATC 2025), section 5.1, "permutation-free".
     """
+    if in_place and residual is x:
+        raise ValueError(
+            "gather_linear_scatter: residual must not be x to be changed in place, as the product reads x meanwhile"
+        )
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         onto_x = residual is x
@@ -175,15 +203,18 @@ def gather_linear_scatter(
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if residual is None or residual.dtype == x.dtype:
-                return gather_linear_scatter(x, weight, bias, indices, x if onto_x else residual, gathered=gathered)
+                onto = x if onto_x else residual
+                return gather_linear_scatter(x, weight, bias, indices, onto, gathered=gathered, in_place=in_place)
             y = gather_linear_scatter(x, weight, bias, indices, gathered=gathered)
-            return scatter_add_rows(residual, y.to(residual.dtype), indices)
-    _check(x, weight, bias, indices, residual, gathered)
+            return scatter_add_rows(residual, y.to(residual.dtype), indices, in_place=in_place)
+    _check(x, weight, bias, indices, residual, gathered, in_place)
     if _taken_apart():
         onto = None if residual is None else as_rows(residual)
         y = reference.gather_linear_scatter(as_rows(x), weight, bias, indices, onto, not gathered, False)
         return y if residual is None else y.view(residual.shape)
     onto_x = residual is x and not gathered
+    in_place = in_place and not torch.compiler.is_compiling()
+    onto = None if onto_x else residual
     return GatherLinearScatterFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, weight, bias, indices, None if onto_x else residual, onto_x, gathered, backends.forced_backend()
+        onto, x, weight, bias, indices, onto_x, gathered, in_place, backends.forced_backend()
     )

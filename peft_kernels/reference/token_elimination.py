@@ -191,3 +191,13 @@ def gather_linear_scatter(
     if residual is None:
         return torch.where(_is_row(rows)[:, None], y, torch.zeros((), dtype=y.dtype, device=y.device))
     return scatter_add_rows(residual, y, rows)
+
+
+def gather_linear_scatter_(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, gather: bool, transposed: bool
+) -> None:
+    """`out[rows] += x[rows] weight^T + bias` in place: as `gather_linear_scatter` with out `[M, N]` for the residual.
+
+    Out shares no memory with x, weight and bias.
+    """
+    out.copy_(gather_linear_scatter(x, weight, bias, rows, out, gather, transposed))

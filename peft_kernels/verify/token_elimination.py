@@ -82,6 +82,11 @@ def _linear(i: _Inputs) -> tuple[Any, ...]:
     return i.kept(), weight.t().contiguous(), None, i.rows, residual, False, True
 
 
+def _linear_in_place(i: _Inputs) -> tuple[Any, ...]:
+    x, weight, bias, rows, residual, gather, transposed = _linear(i)
+    return residual, x, weight, bias, rows, gather, transposed
+
+
 _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {
     "gather_rows": _gather,
     "scatter_add_rows": _scatter,
@@ -91,8 +96,9 @@ _ARGUMENTS: dict[str, Callable[[_Inputs], tuple[Any, ...]]] = {
     "gather_rms_norm_backward": _norm_backward,
     "rope_rows": _rope,
     "gather_linear_scatter": _linear,
+    "gather_linear_scatter_": _linear_in_place,
 }
-_MUTATED = {"scatter_add_rows_": (0,)}
+_MUTATED = {"scatter_add_rows_": (0,), "gather_linear_scatter_": (0,)}
 
 OPERATORS = tuple(_ARGUMENTS)
 

@@ -37,7 +37,7 @@ SECTIONS: dict[str, Callable[[Suite, Progress], Record]] = {
     "token_elimination": token_elimination.run,
     "token_elimination_model": model.run_token_elimination,
 }
-TRITON = {"slice_grad", "gather_columns", "sampled_product", "gather_linear_scatter"}
+TRITON = {"slice_grad", "gather_columns", "sampled_product", "gather_linear_scatter", "gather_linear_scatter_"}
 ROWS = {16384: 24, 4096: 24, 14336: 96, 0: 0}
 """Sizes of the suite to those of the test."""
 

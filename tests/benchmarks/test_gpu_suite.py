@@ -132,6 +132,9 @@ def test_every_operation_of_token_elimination_runs_on_a_device(sections: dict[st
                 assert set(found["ours [reference]"]["backends"].values()) == {"reference"}
     for found in arms(sections, "token_elimination", operation="linear"):
         assert found["ours [triton]"]["backends"] == {"gather_linear_scatter": "triton"}
+        in_place = found[token_elimination.IN_PLACE]
+        assert set(in_place["backends"]) == {"gather_linear_scatter_"}
+        assert {token_elimination.ADDED_DENSE, token_elimination.DENSE} <= set(in_place["relative_to"])
     for found in arms(sections, "token_elimination", operation="loss"):
         assert all(found[name]["peak_bytes"] > 0 for name in (token_elimination.OURS, token_elimination.LOGITS))
 

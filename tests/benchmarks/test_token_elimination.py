@@ -35,9 +35,9 @@ def test_every_arm_of_an_operation_is_timed(case: TokenCase) -> None:
     record = token_elimination.measure(case, SUITE)
     arms = record["arms"]
     expected = {token_elimination.OURS, *token_elimination.BASES[case.operation]}
-    if case.operation == "scatter":
+    if case.operation in ("scatter", "linear"):
         expected |= {token_elimination.IN_PLACE}
-    else:
+    if case.operation != "scatter":
         expected |= {"ours [reference]", "ours [triton]"}
         assert arms.pop("ours [triton]")["status"] == "unavailable"
         assert set(arms["ours [reference]"]["backends"].values()) == {"reference"}
@@ -57,6 +57,7 @@ def test_every_arm_of_an_operation_is_timed(case: TokenCase) -> None:
         ("gather_rms_norm_backward", CASES[0]),
         ("scatter_add_rows", CASES[2]),
         ("gather_linear_scatter", CASES[3]),
+        ("gather_linear_scatter_", CASES[3]),
         ("block_scores", CASES[5]),
         ("cross_entropy_rows_", CASES[7]),
     ],
@@ -72,6 +73,9 @@ def test_a_wrong_kernel_gets_no_time(operator: str, case: TokenCase, monkeypatch
 
         def broken(*arguments: Any) -> Any:
             result = found(*arguments)
+            if result is None:  # what it changes comes first
+                arguments[0].mul_(1.1)
+                return None
             return tuple(1.1 * part for part in result) if isinstance(result, tuple) else 1.1 * result
 
         return broken
@@ -108,8 +112,9 @@ def test_rows_are_those_of_whole_blocks_and_the_rest() -> None:
 def test_limits_are_counted_by_hand() -> None:
     linear = token_limits.limits(TokenCase("linear", 128, 16, 32, 0.25, torch.bfloat16, block_size=32))
     assert linear["operations"] == 2 * 32 * 16 * 32
-    assert linear["times_faster"] == {token_limits.DENSE: 4.0}
+    assert linear["times_faster"] == {token_limits.DENSE: 4.0, token_limits.ADDED_DENSE: 4.0}
     assert linear["bytes"] == 2 * (32 * 16 + 32 * 16 + 2 * 128 * 32)
+    assert linear["bytes_in_place"] == 2 * (32 * 16 + 32 * 16 + 2 * 32 * 32)
     norm = token_limits.limits(TokenCase("norm", 128, 16, 16, 0.25, torch.float32, block_size=32))
     assert norm == {"bytes": 4 * 16 * (5 * 32 + 2 * 128)}
     scatter = token_limits.limits(TokenCase("scatter", 128, 16, 16, 0.25, torch.float32, block_size=32))
@@ -144,10 +149,12 @@ LINEAR = {"operation": "linear", "M": 8, "K": 64, "N": 32, "keep": 0.5, "dtype":
 
 
 def test_the_table_of_operations_has_a_line_for_each_comparison() -> None:
-    dense, unfused = token_elimination.BASES["linear"]
+    dense, unfused, added = token_elimination.BASES["linear"]
     ours = {"median_s": 2e-6, "relative_to": {dense: ratio(0.5), unfused: ratio(0.8)}}
-    arms = {"ours": ours, dense: {"median_s": 4e-6}, unfused: {"median_s": 3e-6}}
-    record = {"case": LINEAR, "limits": {"times_faster": {dense: 2.0}}, "arms": arms}
+    in_place = {"median_s": 1e-6, "relative_to": {added: ratio(0.2)}}
+    arms = {"ours": ours, token_elimination.IN_PLACE: in_place}
+    arms |= {dense: {"median_s": 4e-6}, unfused: {"median_s": 3e-6}, added: {"median_s": 5e-6}}
+    record = {"case": LINEAR, "limits": {"times_faster": {dense: 2.0, added: 2.0}}, "arms": arms}
     loss = {**LINEAR, "operation": "loss", "keep": 1.0}
     taken = {"median_s": 1e-6, "peak_bytes": 1_000_000, "relative_to": {token_elimination.LOGITS: ratio(0.25)}}
     other = {"case": loss, "arms": {"ours": taken, token_elimination.LOGITS: {"median_s": 4e-6, "peak_bytes": 5e6}}}
@@ -157,6 +164,8 @@ def test_the_table_of_operations_has_a_line_for_each_comparison() -> None:
     start = "| linear | 64 to 32, M=8 | keep 0.5 | float32 |"
     assert f"{start} 2 | {dense} | 4 | 0.500 (0.500-0.500) | 2.00 | 2.00 |  |" in table
     assert f"{start} 2 | {unfused} | 3 | 0.800 (0.800-0.800) | 1.25 |  |  |" in table
+    line = start.replace("linear", "linear, in place")
+    assert f"{line} 1 | {added} | 5 | 0.200 (0.200-0.200) | 5.00 | 2.00 |  |" in table
     assert "| 1 | torch, all logits | 4 | 0.250 (0.250-0.250) | 4.00 |  | 1.0 / 5.0 |" in table
     assert f"{start} failed | {dense} |  | failed | failed |  |  |" in table
     assert "| scores | 4 and 2 heads of 16, T=8 |  | float32 | not measured |" in table

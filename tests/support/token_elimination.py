@@ -28,7 +28,10 @@ OPERATORS = (
     "gather_rms_norm_backward",
     "rope_rows",
     "gather_linear_scatter",
+    "gather_linear_scatter_",
 )
+IN_PLACE = ("scatter_add_rows_", "gather_linear_scatter_")
+"""Operators that return nothing and change `out`."""
 EXACT = ("gather_rows",)
 """Operators that move bits and round nothing."""
 
@@ -81,13 +84,15 @@ def variants(operator: str) -> tuple[dict[str, Any], ...]:
     if operator == "rope_rows":
         flags = [(True, False, 1.0), (True, True, 0.5), (False, False, 0.5), (False, True, 1.0)]
         return tuple(dict(zip(("rows", "inverse", "share"), flag, strict=True)) for flag in flags)
-    if operator == "gather_linear_scatter":
+    if operator in ("gather_linear_scatter", "gather_linear_scatter_"):
         flags = [
             (True, True, False, True),
             (True, False, True, False),
             (False, True, True, True),
             (False, False, False, False),
         ]
+        if operator == "gather_linear_scatter_":  # there is always something to add to
+            flags = [flag for flag in flags if flag[1]]
         return tuple(dict(zip(("gather", "residual", "transposed", "bias"), flag, strict=True)) for flag in flags)
     return ({},)
 
@@ -156,7 +161,7 @@ def arguments(
         cos, sin = (part.to(weight_dtype or dtype) for part in (angles.cos(), angles.sin()))
         call = {"x": normal(count, 3, columns), "cos": cos, "sin": sin}
         call |= {"rows": rows.flip(0).contiguous() if choice["rows"] else None, "inverse": choice["inverse"]}
-    elif operator == "gather_linear_scatter":
+    elif operator in ("gather_linear_scatter", "gather_linear_scatter_"):
         x, out_columns = normal(total, columns), columns + 3
         matrix = normal(out_columns, columns) / columns**0.5
         call = {
@@ -168,14 +173,16 @@ def arguments(
             "gather": choice["gather"],
             "transposed": choice["transposed"],
         }
+        if operator == "gather_linear_scatter_":
+            call = {"out": call.pop("residual")} | call
     else:
         raise ValueError(f"unknown operator {operator!r}")
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
 
 
 def run(kernel: Any, operator: str, call: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The results; those of `scatter_add_rows_` in a copy with the same strides."""
-    if operator == "scatter_add_rows_":
+    """The results; of operators that change `out`, a copy of it with the same strides."""
+    if operator in IN_PLACE:
         out = call["out"]
         copy = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(out)
         kernel(*{**call, "out": copy}.values())

@@ -23,6 +23,7 @@ def good(operator):
             "bias": torch.ones(5),
             "indices": rows,
             "residual": torch.ones(2, 4, 5),
+            "in_place": False,
         },
         "swiglu": {"gate": torch.ones(3, 4), "up": torch.ones(3, 4)},
     }[operator]
@@ -63,6 +64,18 @@ CASES = [
         r"residual must be \[2, 4, 5\] .*, got float32 \[2, 3, 5\]",
     ),
     ("gather_linear_scatter", {"residual": torch.Tensor.half}, TypeError, r"residual must have x's dtype, .* float16"),
+    (
+        "gather_linear_scatter",
+        {"residual": lambda _: None, "in_place": lambda _: True},
+        ValueError,
+        "residual must be given to be changed in place, got None",
+    ),
+    (
+        "gather_linear_scatter",
+        {"residual": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "in_place": lambda _: True},
+        ValueError,
+        r"residual must be contiguous to be changed in place, got float32 \[2, 4, 5\]",
+    ),
     ("swiglu", {"up": lambda t: t[1:]}, ValueError, r"up must be \[3, 4\] like gate, got float32 \[2, 4\]"),
     ("swiglu", {"up": torch.Tensor.half}, TypeError, r"up must have gate's dtype, torch.float32, got float16"),
     ("swiglu", {"gate": lambda t: t[0, 0]}, ValueError, r"gate must be \[..., K\], got float32 \[\]"),
@@ -132,6 +145,19 @@ def test_any_other_residual_is_changed(make):
     with torch.no_grad():
         ops.scatter_add_rows(**good("scatter_add_rows") | {"residual": residual, "in_place": True})
     assert residual.sum() == 24
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_residual_that_is_x_is_not_changed_in_place(autocast):
+    arguments = good("gather_linear_scatter")
+    x = arguments["residual"] = arguments["x"]
+    square = {"weight": torch.ones(6, 6), "bias": None, "in_place": True}
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(ValueError, match="gather_linear_scatter: residual must not be x to be changed in place"),
+    ):
+        ops.gather_linear_scatter(**{**arguments, **square})
+    assert torch.equal(x, torch.ones(2, 4, 6))
 
 
 def test_gathered_rows_are_as_many_as_indices():

@@ -83,6 +83,37 @@ def test_a_layer_onto_its_own_input(trained):
         torch.testing.assert_close(left, right)
 
 
+def changed(x, rows, weight):
+    return ops.gather_linear_scatter(x.sin(), weight, None, rows, x * 2, in_place=True)
+
+
+def test_a_change_in_place_is_compiled():
+    weight = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x, rows, *_ = inputs(9, torch.float32)
+    compiled = torch.compile(changed, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, changed):
+        y = function(x, rows, weight)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, weight])])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_the_operator_that_changes_its_argument_is_compiled():
+    def inference(out, x, rows, weight):
+        torch.ops.peft_kernels.gather_linear_scatter_(out, x, weight, None, rows, True, False)
+        return out.sum()
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight, out = (torch.randn(9, 9, generator=generator) for _ in range(3))
+    rows = rows_of("sequences", 9)
+    expected = out.clone()
+    total = inference(expected, x, rows, weight)
+    found = torch.compile(inference, fullgraph=True, backend="aot_eager_decomp_partition")(out, x, rows, weight)
+    torch.testing.assert_close(found, total)
+    torch.testing.assert_close(out, expected)
+
+
 def test_checkpointing_inside_a_compiled_function():
     weights, call = tensors(torch.float32), inputs(9, torch.float32)
 

@@ -109,6 +109,88 @@ def test_transforms_return_what_an_addition_in_place_would_make_and_change_nothi
 
 
 @EACH_DOUBLE_PLACE
+@pytest.mark.parametrize("pattern", ["none", "all", "sequences", "only_holes"])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("part", [False, True])
+def test_gradcheck_of_the_layer_in_place(place, pattern, gathered, part):
+    rows, device = rows_of(pattern, 8).to(place.device), place.device
+    x = leaf(rows.shape[0], 6, device=device) if gathered else leaf(2, 4, 6, device=device)
+    others = [leaf(5, 6, seed=1, device=device), leaf(5, seed=2, device=device), leaf(4, 4, 5, seed=3, device=device)]
+
+    def call(x, weight, bias, other):
+        whole = other * 1 if part else other[1:3] * 1
+        residual = whole[1:3] if part else whole
+        with peft_kernels.use_backend(place.backend):
+            y = ops.gather_linear_scatter(x, weight, bias, rows, residual, gathered=gathered, in_place=True)
+        return y, whole
+
+    assert torch.autograd.gradcheck(call, (x, *others))
+
+
+@EACH_PLACE
+@pytest.mark.parametrize("gathered", [False, True])
+def test_in_place_the_layer_changes_kept_rows_alone(place, dtype, gathered):
+    rows, device = rows_of("sequences", 12).to(place.device), place.device
+    x, weight = (leaf(*shape, dtype=dtype, device=device).detach() for shape in ((3, 4, 5), (7, 5)))
+    if gathered:
+        x = ops.gather_rows(x, rows)
+    residual = leaf(3, 4, 7, dtype=dtype, device=device, seed=1).detach()
+    residual.view(12, 7)[~is_kept(rows, 12).to(device), :2] = torch.tensor([float("nan"), -0.0]).to(residual)
+    before, memory, version = residual.clone(), residual.data_ptr(), residual._version
+    with peft_kernels.use_backend(place.backend):
+        expected = ops.gather_linear_scatter(x, weight, None, rows, before, gathered=gathered)
+        found = ops.gather_linear_scatter(x, weight, None, rows, residual, gathered=gathered, in_place=True)
+    assert found is residual and found.data_ptr() == memory and found._version > version
+    assert_same_bits(found, expected)
+
+
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.float64)
+
+
+CHANGES = {
+    "scatter_add_rows": lambda residual, rows: ops.scatter_add_rows(residual, ones(2, 6), rows, in_place=True),
+    "gather_linear_scatter": lambda residual, rows: ops.gather_linear_scatter(
+        ones(4, 3), ones(6, 3), None, rows, residual, in_place=True
+    ),
+}
+EACH_CHANGE = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+ENDS = torch.tensor([0, 3], dtype=torch.int32)
+
+
+@EACH_CHANGE
+def test_autograd_notices_that_somebody_else_keeps_what_was_changed(change):
+    residual = leaf(4, 6) * 1
+    squares = residual.square()  # keeps it for backward
+    assert change(residual, ENDS) is residual
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.sum().backward()
+
+
+@EACH_CHANGE
+def test_a_leaf_is_changed_only_where_no_gradients_are_recorded(change):
+    residual = leaf(4, 6)
+    before = residual.detach().clone()
+    for given in (residual, residual.view(2, 12).view(4, 6)):
+        with pytest.raises(ValueError, match=r"residual must be no leaf that requires grad, nor a view of one"):
+            change(given, ENDS)
+        assert torch.equal(residual, before)
+    with torch.no_grad():
+        change(residual, ENDS)
+    assert torch.equal(residual != before, is_kept(ENDS, 4)[:, None].expand(4, 6))
+
+
+@EACH_CHANGE
+def test_a_part_of_a_tensor_is_changed_in_place(change):
+    source = leaf(6, 6)
+    whole = source * 1
+    change(whole[1:5], ENDS)
+    assert whole._version == 1 and torch.equal(whole != source, is_kept(ENDS + 1, 6)[:, None].expand(6, 6))
+    whole.square().sum().backward()
+    torch.testing.assert_close(source.grad, 2 * whole.detach())
+
+
+@EACH_DOUBLE_PLACE
 def test_swiglu_can_be_differentiated_twice(place):
     def call(gate, up):
         with peft_kernels.use_backend(place.backend):
@@ -209,14 +291,15 @@ def test_functional_gradients(place):
 
 
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("onto_x", [False, True])
-def test_autocast_multiplies_in_its_dtype_and_adds_in_the_residual_s(residual_dtype, onto_x):
+@pytest.mark.parametrize("onto", ["x", "residual", "in place"])
+def test_autocast_multiplies_in_its_dtype_and_adds_in_the_residual_s(residual_dtype, onto):
     rows = rows_of("sequences", 12)
     x, weight = leaf(12, 6, dtype=torch.float32), leaf(6, 6, dtype=torch.float32, seed=1)
-    residual = x if onto_x else leaf(12, 6, dtype=residual_dtype, seed=2)
+    residual = x if onto == "x" else leaf(12, 6, dtype=residual_dtype, seed=2)
+    given = residual * 1 if onto == "in place" else residual
     with torch.autocast("cpu", torch.bfloat16):
-        y = ops.gather_linear_scatter(x, weight, None, rows, residual)
-    assert y.dtype == residual.dtype
+        y = ops.gather_linear_scatter(x, weight, None, rows, given, in_place=onto == "in place")
+    assert y.dtype == residual.dtype and (y is given) == (onto == "in place")
     kept = rows[rows >= 0].long()
     product = linear(x.bfloat16()[kept], weight.bfloat16())
     assert_same_bits(y, residual.index_add(0, kept, product.to(residual.dtype)))

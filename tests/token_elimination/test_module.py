@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -211,6 +212,8 @@ def test_copies_eliminate_and_share_among_themselves(kind):
     assert len(layers) == 2 and type(layers[0]) is type(layers_of(model)[1])
     assert layers[0].elimination.selections is layers[1].elimination.selections
     assert layers[0].elimination.selections is not layers_of(model)[1].elimination.selections
+    assert layers[0].elimination.sharing is layers[1].elimination.sharing
+    assert layers[0].elimination.sharing is not layers_of(model)[1].elimination.sharing
     assert elimination.eliminate.__name__ and twin.state_dict().keys() == model.state_dict().keys()
     elimination.remove(twin)
     assert elimination.eliminating_layers(model) and not elimination.eliminating_layers(twin)
@@ -298,9 +301,17 @@ def test_bad_options_are_refused():
         ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
         ({"score": "magic"}, "score must be one of attention, norm, random, gradient, predictor or a callable"),
         ({"apply_to": "norms"}, "apply_to must be one of both, attention, mlp, got 'norms'"),
+        ({"threshold": math.nan}, "threshold must be a finite number, or -inf to keep everything, got nan"),
+        ({"threshold": math.inf}, "threshold must be a finite number, or -inf to keep everything, got inf"),
+        ({"threshold": True}, "threshold must be a finite number, .* got True"),
+        ({"threshold": "0.5"}, "threshold must be a finite number, .* got '0.5'"),
+        ({"threshold": torch.tensor(1)}, r"threshold must be a number or a floating scalar .* torch.int64 \[\]"),
+        ({"threshold": torch.ones(1)}, r"threshold must be a number or a floating scalar .* torch.float32 \[1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             TokenElimination(layer, **options)
+    for threshold in (None, 0, -0.5, -math.inf, torch.tensor(0.5)):
+        assert TokenElimination(layer, threshold=threshold).elimination.options.threshold is threshold
     with pytest.raises(TypeError, match="train_only must be True or False, got 1"):
         TokenElimination(layer, train_only=1)
     with pytest.raises(TypeError, match=r"module must be an nn\.Module, got int"):

@@ -12,6 +12,7 @@ from ..support.layouts import LAYOUTS, laid_out
 from ..support.places import compiled_cases, compiled_places, operators_at_places
 from ..support.token_elimination import (
     EXACT,
+    IN_PLACE,
     OPERATORS,
     PATTERNS,
     SIZES,
@@ -30,6 +31,7 @@ EACH_KERNEL = pytest.mark.parametrize(
     [case for case in operators_at_places(OPERATORS) if case.values[1].backend != "reference"],
 )
 EACH_PATTERN = pytest.mark.parametrize("pattern", PATTERNS)
+LINEAR = ("gather_linear_scatter", "gather_linear_scatter_")
 
 
 def assert_close_to_definition(operator, place, dtype, call):
@@ -38,7 +40,7 @@ def assert_close_to_definition(operator, place, dtype, call):
     own = run(definition, operator, call)
     exact = run(definition, operator, widened(call))
     for number, (left, right, wide) in enumerate(zip(actual, own, exact, strict=True)):
-        assert left.dtype == right.dtype and left.is_contiguous()
+        assert left.dtype == right.dtype and (left.is_contiguous() or operator in IN_PLACE)
         if operator in EXACT:
             assert_same_bits(left, right)
         else:
@@ -72,11 +74,13 @@ def test_weights_and_angles_have_a_dtype_of_their_own(operator, place, dtype, we
 
 @pytest.mark.parametrize(
     ("operator", "place", "dtype"),
-    operators_at_places(("scatter_add_rows", "scatter_add_rows_", "gather_rms_norm_backward", "gather_linear_scatter")),
+    operators_at_places(
+        ("scatter_add_rows", *IN_PLACE, "gather_rms_norm_backward", "gather_linear_scatter"),
+    ),
 )
 @EACH_PATTERN
 def test_rows_that_are_not_kept_stay_bit_for_bit(operator, place, dtype, pattern):
-    names = {"scatter_add_rows_": "out", "gather_rms_norm_backward": "grad_residual"}
+    names = {"gather_rms_norm_backward": "grad_residual", **dict.fromkeys(IN_PLACE, "out")}
     call = arguments(operator, (66, 33), pattern, dtype, place.device)
     residual = call[names.get(operator, "residual")]
     special = torch.tensor([float("nan"), float("inf"), -0.0, 1e-30], dtype=dtype, device=place.device)
@@ -101,7 +105,7 @@ def test_a_norm_is_formed_again_to_the_bit(operator, place, dtype, with_rows):
     [
         case
         for case in operators_at_places(OPERATORS)
-        if case.values[1].backend != "reference" and case.values[0] != "gather_linear_scatter"
+        if case.values[1].backend != "reference" and case.values[0] not in LINEAR
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -117,12 +121,12 @@ def test_same_bits_in_every_layout(operator, place, dtype, layout):
             assert_same_bits(left.contiguous(), right)
 
 
-@pytest.mark.parametrize(("operator", "place", "dtype"), operators_at_places(("gather_linear_scatter",)))
+@pytest.mark.parametrize(("operator", "place", "dtype"), operators_at_places(LINEAR))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_product_of_any_layout(operator, place, dtype, layout):
     for variant in variants(operator):
         call = arguments(operator, (66, 70), "sequences", dtype, place.device, variant)
-        names = ("x", "weight", "residual")
+        names = ("x", "weight", "residual", "out")
         views = {name: laid_out(v, layout) if name in names and v is not None else v for name, v in call.items()}
         assert_close_to_definition(operator, place, dtype, views)
 
@@ -138,7 +142,7 @@ def restored_threads():
 def test_same_bits_for_any_number_of_threads(operator, place, dtype, restored_threads):
     for variant in variants(operator):
         call = arguments(operator, (150, 1030), "holes", dtype, place.device, variant)
-        if operator == "gather_linear_scatter":  # its product is the library's: one that every order sums alike
+        if operator in LINEAR:  # its product is the library's: one that every order sums alike
             call = {
                 n: v.sign() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in call.items()
             }
@@ -151,9 +155,7 @@ def test_same_bits_for_any_number_of_threads(operator, place, dtype, restored_th
                 assert_same_bits(left, right)
 
 
-@pytest.mark.parametrize(
-    ("operator", "place", "dtype"), operators_at_places(("gather_linear_scatter",), (torch.float32,))
-)
+@pytest.mark.parametrize(("operator", "place", "dtype"), operators_at_places(LINEAR, (torch.float32,)))
 @pytest.mark.parametrize("shift", [0, 2040, 2100])
 def test_more_rows_than_one_product_takes(operator, place, dtype, shift):
     if place.simulated:
@@ -189,7 +191,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
-@pytest.mark.parametrize("operator", ["scatter_add_rows", "scatter_add_rows_", "gather_rows", "gather_rms_norm"])
+@pytest.mark.parametrize("operator", ["scatter_add_rows", *IN_PLACE, "gather_rows", "gather_rms_norm"])
 def test_the_cpu_refuses_wrong_rows_before_anything_changes(operator, kind):
     rows, message = BAD_ROWS[kind]
     call = arguments(operator, (9, 5), "none", torch.float32)
@@ -234,7 +236,28 @@ BAD_CALLS = [
     ("gather_linear_scatter", {"bias": lambda t: t[1:]}, r"bias must be \[8\] .*, got (float32 )?\[7\]"),
     ("gather_linear_scatter", {"residual": lambda t: t[1:]}, r"residual must be \[9, 8\], got (float32 )?\[8, 8\]"),
     ("gather_linear_scatter", {"gather": lambda _: False}, r"x must be \[\d, K\], gathered as rows are, got"),
+    ("gather_linear_scatter_", {"bias": lambda t: t[1:]}, r"bias must be \[8\] .*, got (float32 )?\[7\]"),
+    ("gather_linear_scatter_", {"out": lambda t: t[1:]}, r"out must be \[9, 8\], got (float32 )?\[8, 8\]"),
+    ("gather_linear_scatter_", {"out": torch.Tensor.half}, r"out must have .* float32, got float16"),
+    ("gather_linear_scatter_", {"out": lambda t: t[:1].expand(9, 8)}, r"out is written in place and must not overlap"),
 ]
+
+
+@pytest.mark.parametrize(("namespace", "device"), compiled_places("gather_linear_scatter_"))
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_what_a_product_reads_must_lie_apart_from_what_it_is_added_to(namespace, device, name):
+    call = arguments("gather_linear_scatter_", (9, 5), "some", torch.float32, device)
+    kernel = getattr(torch.ops, namespace).gather_linear_scatter_
+    memory = torch.zeros(200, device=device)
+    call["out"] = memory[:72].view(9, 8)
+    size, shape = call[name].numel(), call[name].shape
+    call[name] = memory[72 : 72 + size].view(shape)  # right behind it
+    kernel(*call.values())
+    before = memory.clone()
+    call[name] = memory[71 : 71 + size].view(shape)
+    with pytest.raises(RuntimeError, match=f"gather_linear_scatter_: out .* must lie apart from {name} in memory"):
+        kernel(*call.values())
+    assert_same_bits(memory, before)
 
 
 @pytest.mark.parametrize(("namespace", "device", "operator", "changes", "message"), compiled_cases(BAD_CALLS))
@@ -261,9 +284,7 @@ def test_values_among_what_is_changed_are_refused(namespace, device, kind):
     memory = torch.arange(45.0, device=device).view(9, 5)
     rows, before = torch.tensor([1, 2, 3], dtype=torch.int32, device=device), memory.clone()
     scatter_add_rows_ = getattr(torch.ops, namespace).scatter_add_rows_
-    with pytest.raises(
-        RuntimeError, match=r"scatter_add_rows_: values must share no memory with out, .* float32 \[3, 5"
-    ):
+    with pytest.raises(RuntimeError, match=r"scatter_add_rows_: out .* must lie apart from values in memory"):
         scatter_add_rows_(memory[:6], SHARED[kind](memory), rows)
     assert torch.equal(memory, before)
     scatter_add_rows_(memory[:6], memory[6:], rows)  # neighbors share nothing

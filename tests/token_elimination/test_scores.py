@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -162,25 +164,57 @@ def test_a_selection_is_shared_by_layers_in_a_row():
     assert tables[0] is tables[1] and tables[1] is not tables[2]
 
 
-def test_layers_that_keep_other_shares_do_not_share():
+def test_a_schedule_may_give_each_group_of_layers_a_share():
     model, ids = build(), tokens(length=40)
-    eliminated(model, schedule={1: 0.5, 2: 0.2}, keep_ratio=None, layers=None, score="norm", select_every=2)
+    schedule = {0: 0.5, 1: 0.5, 2: 0.2, -1: 0.2}
+    eliminated(model, schedule=schedule, keep_ratio=None, layers=None, score="norm", select_every=2)
     seen = watched(model)
     model(input_ids=ids)
-    assert [positions.shape[1] for _, positions in seen] == [20, 8]
+    assert [positions.shape[1] for _, positions in seen] == [20, 20, 8, 8]
+    assert seen[0][1] is seen[1][1] and seen[2][1] is seen[3][1]
+
+
+def test_layers_that_share_a_selection_have_one_share():
+    model = build()
+    message = (
+        r"schedule must have one keep ratio for layers that share a selection \(select_every=2\), got 0.5 for layer 1 "
+        r"and 0.2 for layer 3"
+    )
+    schedule = {-1: 0.2, 1: 0.5}
+    with pytest.raises(ValueError, match=message):
+        eliminated(model, schedule=schedule, keep_ratio=None, layers=None, score="norm", select_every=2)
+    assert not elimination.eliminating_layers(model)
+    eliminated(model, schedule=schedule, keep_ratio=None, layers=None, score="norm")
+
+
+@pytest.mark.parametrize("follower", [False, True])
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({"keep": 0.2}, [8, 8, 20]), ({"block_size": 20}, [20, 20, 20]), ({"threshold": 1e9}, [0, 0, 20])],
+)
+def test_options_of_a_layer_are_those_of_all_that_share_its_selection(follower, change, kept):
+    model = build()
+    eliminated(model, layers=[0, 1, 2], score="norm", select_every=2)
+    own = layers_of(model)[1 if follower else 0].elimination
+    own.options = replace(own.options, **change)
+    seen = watched(model)
+    model(input_ids=tokens(1, length=40))
+    assert [positions.shape[1] for _, positions in seen] == kept
+    assert seen[0][1] is seen[1][1] and seen[1][1] is not seen[2][1]
 
 
 def test_a_table_that_comes_again_brings_no_old_selection_along():
     """Models may keep their cosines; a call is told from the one before all the same."""
     model = build()
-    eliminated(model, schedule={1: 0.5, 2: 0.2}, keep_ratio=None, layers=None, score="norm", select_every=2)
+    eliminated(model, layers=[1, 2], score="norm", select_every=2)
     position_ids = torch.arange(40)[None]
     tables = model.model.rotary_emb(torch.zeros(1, dtype=torch.float64), position_ids)
     model.model.rotary_emb.forward = lambda *args, **kwargs: tables
     seen = watched(model)
     for seed in (1, 2):
         model(input_ids=tokens(length=40, seed=seed))
-    assert not torch.equal(seen[0][1], seen[2][1]) and not torch.equal(seen[1][1], seen[3][1])
+    assert seen[0][1] is seen[1][1] and seen[2][1] is seen[3][1]
+    assert not torch.equal(seen[0][1], seen[2][1])
 
 
 def checkpointed(model, use_reentrant):

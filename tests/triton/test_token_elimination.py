@@ -23,6 +23,13 @@ FLAGS = list(itertools.product([False, True], repeat=4))
 """gather, transposed, with a residual, with a bias."""
 LAUNCHERS = (token_elimination.gather_linear_scatter, token_elimination.fused_gather_linear_scatter)
 """The one that is registered leaves float32 to the library."""
+IN_PLACE = dict(
+    zip(
+        LAUNCHERS,
+        (token_elimination.gather_linear_scatter_, token_elimination.fused_gather_linear_scatter_),
+        strict=True,
+    )
+)
 
 
 def kept(total, count, device, holes=0):
@@ -53,6 +60,14 @@ def double(arguments):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
 
 
+def changed(launcher, arguments):
+    """What the launcher's form in place makes of a copy of the residual, with its strides."""
+    x, weight, bias, rows, residual, gather, transposed = arguments
+    out = torch.empty_strided(residual.shape, residual.stride(), dtype=x.dtype, device=x.device).copy_(residual)
+    assert IN_PLACE[launcher](out, x, weight, bias, rows, gather, transposed) is None
+    return out
+
+
 def check(launcher, arguments):
     found, (x, _, _, rows, residual, _, _) = launcher(*arguments), arguments
     assert found.dtype == x.dtype and found.is_contiguous()
@@ -62,6 +77,7 @@ def check(launcher, arguments):
         dropped = torch.ones(residual.shape[0], dtype=torch.bool, device=x.device)
         dropped[rows[rows >= 0].long()] = False
         assert_same_bits(found[dropped], residual[dropped], "dropped rows")
+        assert_same_bits(changed(launcher, arguments), found, "in place")
     else:
         assert not found[rows < 0].any()
     return found
@@ -112,6 +128,21 @@ def test_strides(place, dtype, layout, flags):
     expected = token_elimination.fused_gather_linear_scatter(*arguments)
     views = [laid_out(a, layout) if isinstance(a, torch.Tensor) else a for a in arguments]
     assert_same_bits(token_elimination.fused_gather_linear_scatter(*views), expected)
+    if views[4] is not None:
+        out = changed(token_elimination.fused_gather_linear_scatter, views)
+        assert out.stride() == views[4].stride()
+        assert_same_bits(out.contiguous(), expected, "in place")
+
+
+def test_memory_between_the_rows_of_out_is_left_alone(place, dtype):
+    arguments = call((37, 24, 41, 19), (True, False, True, True), dtype, place.device, holes=2)
+    x, weight, bias, rows, residual, gather, transposed = arguments
+    memory = torch.full((39, 50), 7.0, dtype=dtype, device=place.device)
+    memory[1:38, 3:44] = residual
+    expected = memory.clone()
+    expected[1:38, 3:44] = token_elimination.fused_gather_linear_scatter(*arguments)
+    token_elimination.fused_gather_linear_scatter_(memory[1:38, 3:44], x, weight, bias, rows, gather, transposed)
+    assert_same_bits(memory, expected)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda f: f.__name__)
@@ -128,11 +159,12 @@ def test_what_is_not_finite_stays_in_its_row(place, dtype, launcher):
 
 
 def test_half_precision_is_one_product_and_float32_the_librarys(place, dtype, launched):
-    token_elimination.gather_linear_scatter(*call((30, 20, 10, 9), (True, False, True, True), dtype, place.device))
-    whole = ["gather_matmul_kernel"]
-    assert [name for name, _ in launched] == (
-        whole if dtype.itemsize == 2 else ["gather_rows_kernel", "scatter_add_rows_kernel"]
-    )
+    arguments = call((30, 20, 10, 9), (True, False, True, True), dtype, place.device)
+    expected = ["gather_matmul_kernel"] if dtype.itemsize == 2 else ["gather_rows_kernel", "scatter_add_rows_kernel"]
+    for run in (lambda: token_elimination.gather_linear_scatter(*arguments), lambda: changed(LAUNCHERS[0], arguments)):
+        launched.clear()
+        run()
+        assert [name for name, _ in launched] == expected
 
 
 MOVED = [(1, 1, 1), (9, 5, 0), (9, 0, 3), (0, 5, 2), (20, 33, 7), (13, 1030, 13), (9, 2100, 5)]
@@ -179,6 +211,10 @@ BAD = {
     "rows_elsewhere": ("gather_linear_scatter", "rows", lambda t: t.to("meta"), "rows must be on "),
     "x_taken_for_gathered": ("gather_linear_scatter", "gather", lambda _: False, "x must be [9, K], gathered as rows"),
     "residual_of_other_rows": ("gather_linear_scatter", "residual", lambda t: t[1:], "residual must be [20, 12]"),
+    "out_of_other_rows": ("gather_linear_scatter_", "out", lambda t: t[1:], "out must be [20, 12], got"),
+    "out_of_other_dtype": ("gather_linear_scatter_", "out", torch.Tensor.half, "out must have x's dtype"),
+    "bias_beside_out": ("gather_linear_scatter_", "bias", lambda t: t[1:], "bias must be [12] in x's dtype"),
+    "product_expanded": ("gather_linear_scatter_", "out", lambda t: t[:1].expand(20, 12), "must not overlap itself"),
     "residual_of_other_dtype": ("gather_linear_scatter", "residual", torch.Tensor.half, "residual must have x's"),
     "gathered_vector": ("gather_rows", "x", lambda t: t[0], "x must be 2-D, got float32 [10]"),
     "gathered_int64": ("gather_rows", "rows", torch.Tensor.long, "rows must be int32, got int64 [9]"),
@@ -201,3 +237,23 @@ def test_bad_input_is_refused_and_launches_nothing(place, launched, operator, na
         launcher(*(given[parameter] for parameter in inspect.signature(launcher).parameters))
     assert str(error.value).startswith(f"{operator}: ") and message in str(error.value)
     assert launched == []
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+@pytest.mark.parametrize("side", ["before", "behind"])
+def test_what_is_changed_lies_apart_from_what_is_read(place, launched, name, side):
+    arguments = call((20, 10, 12, 9), (True, False, True, True), torch.float32, place.device)
+    given, memory = dict(zip(PRODUCT, arguments, strict=True)), torch.zeros(700, device=place.device)
+    given["out"], (shape, size) = memory[200:440].view(20, 12), (given[name].shape, given[name].numel())
+    launcher = token_elimination.LAUNCHERS["gather_linear_scatter_"]
+
+    def run(start):
+        given[name] = memory[start : start + size].view(shape)
+        launcher(*(given[parameter] for parameter in inspect.signature(launcher).parameters))
+
+    beside, step = (200 - size, 1) if side == "before" else (440, -1)
+    with pytest.raises(RuntimeError, match=f"gather_linear_scatter_: out .* must lie apart from {name} in memory"):
+        run(beside + step)
+    assert launched == []
+    run(beside)
+    assert launched
