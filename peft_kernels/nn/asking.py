@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,19 @@ def on_meta(module: nn.Module) -> bool:
 def still_is(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class does, and nothing watches: what was asked of it holds."""
     return type(module) is kind and not has_hooks(module) and replaced_call(module) is None
+
+
+@contextmanager
+def in_evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """With everything in these modules in evaluation, where they draw nothing at random."""
+    training = [inner for module in modules for inner in module.modules() if inner.training]
+    for inner in training:
+        inner.training = False
+    try:
+        yield
+    finally:
+        for inner in training:
+            inner.training = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .asking import TOKENS, on_meta, random_like, undisturbed
+from .asking import TOKENS, in_evaluation, on_meta, random_like, undisturbed
 from .linear import replaced_call, type_name
 from .llama_attention import AttentionPart, attention_part, call_attention, causal_mask, rotations
 from .swiglu_mlp import SwiGLUMLP, _agree, _question
@@ -113,10 +113,14 @@ def _asked(question: Callable[[Any], Any], module: nn.Module) -> Any:
     if reason is not None:
         return reason
     try:
-        with undisturbed(module, False):
-            return question(module)
+        for training, mode in ((False, ""), (True, " in training")):
+            with undisturbed(module, training):
+                answer = question(module)
+            if isinstance(answer, str):
+                return answer + mode
     except Exception as error:
         return f"it cannot be asked what it computes: {error}"
+    return answer
 
 
 def _like(module: nn.Module) -> Tensor:
@@ -150,7 +154,7 @@ def _composition_obstacle(layer: nn.Module) -> str | None:
             y = x + attended
             h = second(y)
             added = mlp(h)
-            some = mlp(h[:, ::3]) if x is states else None
+            alone = mlp(h[:, ::3]) if x is states else None
         if not isinstance(added, Tensor):
             return f"its mlp returns a {type(added).__name__}, not a tensor"
         if not attended.any() or not added.any():
@@ -160,7 +164,7 @@ def _composition_obstacle(layer: nn.Module) -> str | None:
                 f"a {type_name(layer)} does not compute x + self_attn(input_layernorm(x)), then x + "
                 f"mlp(post_attention_layernorm(x)){mode}"
             )
-        if some is not None and not _agree(some, added[:, ::3]):
+        if alone is not None and not _agree(alone, added[:, ::3]):
             return "its mlp mixes tokens"
     return None
 
@@ -197,10 +201,11 @@ def _mlp(mlp: nn.Module) -> GatedPart | str:
 def _gated_part(mlp: nn.Module) -> GatedPart | str:
     gate, up, down = (mlp.get_submodule(name) for name in GATED)
     weight = next(parameter for parameter in gate.parameters() if parameter.dim() == 2)
-    x = _question(gate, weight.new_empty(1, int(gate.in_features)))  # type: ignore[arg-type]
-    expected = down(F.silu(gate(x)) * up(x))
+    with in_evaluation((gate, up, down)):  # these run either way, and may drop out channels of their own
+        x = _question(gate, weight.new_empty(1, int(gate.in_features)))  # type: ignore[arg-type]
+        expected, answer = down(F.silu(gate(x)) * up(x)), mlp(x)
     if not expected.any():
         return "its weights are zero, so that it cannot be asked what it computes"
-    if not _agree(mlp(x), expected):
+    if not _agree(answer, expected):
         return f"a {type_name(mlp)} does not compute down(silu(gate(x)) * up(x))"
     return GatedPart(type(mlp), GATED)

@@ -52,6 +52,11 @@ class Kept:
             self._others = Kept(order[:, :count].to(torch.int32).contiguous(), self.tokens)
         return self._others
 
+    @property
+    def is_all(self) -> bool:
+        """Whether these are all tokens, as far as the host knows."""
+        return not self.filled_up and self.positions.shape[1] == self.tokens
+
     def attention_mask(self, inputs: Mapping[str, Any], shared: bool) -> Tensor | None:
         """The attention mask for kept tokens; arguments are those of `attention_inputs`."""
         mask = inputs.get("attention_mask")
@@ -185,6 +190,24 @@ def compacted_lengths(kept: Kept, cu_seq_lens: Tensor) -> Tensor:
     return torch.searchsorted(order, cu_seq_lens.to(order.dtype)).to(cu_seq_lens.dtype)
 
 
+def padding_of(inputs: Mapping[str, Any], batch: int) -> Tensor | None:
+    """Which tokens are padding, bool `[B, T]`; None where the mask does not say.
+
+    Args:
+        inputs: what a decoder layer was called with.
+        batch: B.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    if mask.dim() == 4:  # padding does not see itself
+        mask = mask[:, 0].diagonal(dim1=1, dim2=2)
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    else:
+        seen = mask != 0
+    return (~seen).expand(batch, -1)
+
+
 def visible_from(inputs: Mapping[str, Any], batch: int, tokens: int) -> tuple[Tensor | None, Tensor | None]:
     """From where on each token sees those before it, and which tokens are padding.
 
@@ -197,13 +220,11 @@ def visible_from(inputs: Mapping[str, Any], batch: int, tokens: int) -> tuple[Te
         int32 `[B, T]`, T for padding, which sees nothing; None where every token sees all before it. Then bool
         `[B, T]`; None where there is no padding.
     """
-    mask, starts, padding = inputs.get("attention_mask"), None, None
+    mask, starts, padding = inputs.get("attention_mask"), None, padding_of(inputs, batch)
     if mask is not None and mask.dim() == 4:
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
-        padding = ~seen.diagonal(dim1=1, dim2=2)
         starts = seen.to(torch.uint8).argmax(2)
-    elif mask is not None:
-        padding = mask == 0
+    elif padding is not None:
         starts = (~padding).to(torch.uint8).argmax(1, keepdim=True).expand(-1, tokens)
     if starts is None and inputs.get("cu_seq_lens_k") is not None:
         ends = inputs["cu_seq_lens_k"]
@@ -216,6 +237,5 @@ def visible_from(inputs: Mapping[str, Any], batch: int, tokens: int) -> tuple[Te
     if starts is None:
         return None, None
     if padding is not None:
-        padding = padding.expand(batch, -1)
         starts = torch.where(padding, tokens, starts)
     return starts.expand(batch, -1).int().contiguous(), padding

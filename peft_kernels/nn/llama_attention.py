@@ -10,6 +10,8 @@ which a rotation is put together.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..reference.token_tune import attention as grouped_attention
 from ..reference.token_tune import heads_first
-from .asking import TOKENS, random_like
+from .asking import TOKENS, in_evaluation, random_like
 from .kept_tokens import Kept
 from .linear import replaced_call, type_name
 
 _RECORDS = "transformers.utils.output_capturing"
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,42 @@ def call_attention(attention: nn.Module, h: Tensor, **inputs: Any) -> Tensor:
 
 
 def attention_part(attention: Any) -> AttentionPart | str:
-    """What is known of an attention module in evaluation, which is asked; or why it is not like Llama's."""
-    missing = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if attention._modules.get(name) is None]
+    """What is known of an attention module, which is asked; or why it is not like Llama's."""
+    missing = [name for name in _PROJECTIONS if attention._modules.get(name) is None]
     if missing:
         return f"a {type_name(attention)} has no {' and no '.join(missing)}"
+    if not is_causal(attention):
+        return f"a {type_name(attention)} is not causal"
     head_dim = getattr(attention, "head_dim", None)
     if not isinstance(head_dim, int):
         return f"a {type_name(attention)} has no head_dim"
     scaling = getattr(attention, "scaling", None)
     scaling = float(scaling) if isinstance(scaling, float) else head_dim**-0.5
-    norms = all(name in attention._modules for name in ("q_norm", "k_norm"))
+    norms = all(name in attention._modules for name in _NORMS)
     part = AttentionPart(type(attention), head_dim, scaling, norms)
-    if not _is_like(attention, part):
+    layers = [attention.get_submodule(name) for name in (*_PROJECTIONS, *(_NORMS if norms else ()))]
+    with in_evaluation(layers), _without_dropout(attention):  # which `lean_attention` leaves as they are
+        like = _is_like(attention, part)
+    if not like:
         return f"a {type_name(attention)} does not compute o(softmax(rope(q) rope(k)^T) v) as Llama does"
     return part
+
+
+def is_causal(attention: nn.Module) -> bool:
+    """Whether a module of transformers' lets tokens see only those before them where it gets no mask."""
+    return bool(getattr(attention, "is_causal", True))
+
+
+@contextmanager
+def _without_dropout(attention: Any) -> Iterator[None]:
+    share = getattr(attention, "attention_dropout", None)
+    if share is not None:
+        attention.attention_dropout = 0.0
+    try:
+        yield
+    finally:
+        if share is not None:
+            attention.attention_dropout = share
 
 
 def _is_like(attention: Any, part: AttentionPart) -> bool:
@@ -168,6 +195,8 @@ def lean_obstacle(attention: Any, part: AttentionPart | str, inputs: dict[str, A
     for name in ("past_key_values", "is_causal"):
         if inputs.get(name) is not None:
             return f"it gets {name}"
+    if not is_causal(attention):
+        return "it is not causal"
     if inputs.get("output_attentions"):
         return "it is to return its attention weights"
     mask = inputs.get("attention_mask")
@@ -208,7 +237,7 @@ def lean_attention(
     """
     batch = h.shape[0]
     q, k, v = (heads_first(rows, batch) for rows in _heads(attention, part, h, tables, kept))
-    dropout_p = attention.attention_dropout if attention.training else 0.0
+    dropout_p = getattr(attention, "attention_dropout", 0.0) if attention.training else 0.0
     attended = grouped_attention(q, k, v, mask, part.scaling, dropout_p)
     return attention.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from . import token_scores
+from .asking import in_evaluation
 from .decoder_layer import Anatomy
 from .kept_tokens import Kept
 from .llama_attention import AttentionPart
+from .short_caches import ShortCaches
 
 HALVES = ("both", "attention", "mlp")
 
@@ -83,12 +86,24 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def call_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """By what a call of the model is known: its table of cosines, if a layer gets one."""
+    tables = inputs.get("position_embeddings")
+    return tables[0] if tables else None
+
+
+def _has_peers() -> bool:
+    """Whether processes train together, which wait for each other's gradients and parameters."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Selections:
     """What the layers of a model share: selections of the calls that are under way, and what scores are drawn from.
 
     A call of the model is known by its table of cosines, which all its layers get and which activation checkpointing
     gives them again in backward. There every layer finds the selection of its forward, even one that cannot be made
-    anew, or that other calls have been between. Selections go with that table.
+    anew, or that other calls have been between. Selections go with that table. Backward that makes a table of its own,
+    because what makes it is checkpointed too, has to make selections anew; those that cannot be are refused.
 
     Args:
         select_every: so many layers in a row share a selection.
@@ -105,6 +120,7 @@ class Selections:
         self.given = token_scores.GivenScores()
         self.suspended = False
         self.latest: Kept | None = None
+        self.short_caches = ShortCaches()
         self._generators: dict[str, torch.Generator] = {}
         self._by_call: Any = WeakIdKeyDictionary()
         self._compiled: dict[Any, tuple[int, Kept]] = {}
@@ -134,8 +150,25 @@ class Selections:
         if not _recomputing():
             self.latest = kept
 
+    def begin(self, call: Tensor | None, leader: int) -> None:
+        """Called by a layer before those that follow it: they find nothing that was selected in a call before.
+
+        Else they would where the leader selects nothing in this call, if the table is an old one or there is none.
+        """
+        if self.select_every == 1 or _recomputing():
+            return
+        if torch.compiler.is_compiling() or call is None:
+            self._compiled.clear()
+            return
+        self._by_call.get(call, {}).pop(leader, None)
+
     def find_or_make(
-        self, call: Tensor | None, key: Any, index: int, make: Callable[[], Kept], draws: bool = False
+        self,
+        call: Tensor | None,
+        key: Any,
+        index: int,
+        make: Callable[[], Kept],
+        draw: Callable[[], None],
     ) -> Kept:
         """The selection of a layer in a call.
 
@@ -144,7 +177,8 @@ class Selections:
             key: of the layers that share it, which all select by the same options.
             index: of the layer. The one that made a selection makes it anew in every forward, whatever is there.
             make: makes one.
-            draws: whether that draws from torch's generator.
+            draw: draws of torch's generators what `make` drew of them. Called where backward finds what this layer
+                made: what is drawn behind it is then what it was in forward.
         """
         if torch.compiler.is_compiling() or call is None:
             if self.select_every == 1:
@@ -156,9 +190,17 @@ class Selections:
                 known = self._by_call[call] = {}
         if key not in known or (known[key][0] == index and not _recomputing()):
             known[key] = (index, make())
-        elif known[key][0] == index and draws:
-            make()  # so that what the layer draws behind it is what its forward drew
+        elif known[key][0] == index:
+            draw()
         return known[key][1]
+
+
+def _kept(positions: Tensor, tokens: int, counts: Tensor | None = None) -> Kept:
+    """A selection; of nothing it has a row that fills up, where other processes wait for the layer to run."""
+    if positions.shape[1] == 0 and _has_peers():
+        positions = positions.new_full((positions.shape[0], 1), -1)
+        counts = positions.new_zeros(positions.shape[0])
+    return Kept(positions, tokens, counts)
 
 
 @dataclass
@@ -278,15 +320,17 @@ class LayerElimination:
             if reason is not None:
                 self.note_dense(reason)
                 return None
-        tables = inputs.get("position_embeddings")
-        call = tables[0] if tables else None
+        call = call_of(inputs)
         kept = self.selections.find_or_make(
             call,
             self.leader,
             self.index,
             lambda: self._make(layer, x, inputs, call),
-            options.score == "random" and self.selections.seed is None,
+            lambda: self._draw(layer, x, inputs, call),
         )
+        if options.threshold is not None and kept.is_all and layer.training:  # else thresholds are being tried
+            self.note_dense("no block of this call scores below its threshold")
+            return None
         self.note_call(x.shape[:2].numel(), kept.positions.numel() if kept.counts is None else kept.counts.sum())
         return kept
 
@@ -301,12 +345,19 @@ class LayerElimination:
             scores, options.ratio, options.block_size, options.threshold, tokens=tokens
         )
         if options.threshold is None:
-            return Kept(positions, tokens)
+            return _kept(positions, tokens)
         if positions.device.type == "cpu" and not torch.compiler.is_compiling():  # the count is the host's
             most, least = int(counts.max()), int(counts.min())
             positions = positions[:, :most].contiguous()
-            return Kept(positions, tokens, None if least == most else counts)
-        return Kept(positions, tokens, counts)
+            return _kept(positions, tokens, None if least == most else counts)
+        return _kept(positions, tokens, counts)
+
+    @torch.no_grad()
+    def _draw(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> None:
+        score = self.options.score
+        ours = score == "random" and self.selections.seed is None
+        if self.options.keep != 0 and (ours or callable(score) or score == "predictor"):
+            self.scores(layer, x.detach(), inputs, call)
 
     def scores(self, layer: nn.Module, x: Tensor, inputs: Mapping[str, Any], call: Tensor | None) -> Tensor:
         options = self.options
@@ -314,10 +365,16 @@ class LayerElimination:
         if score == "attention":
             attention, part = layer.get_submodule("self_attn"), self.anatomy.attention
             assert isinstance(part, AttentionPart)  # asked before
-            h = layer.get_submodule("input_layernorm")(x)
-            return token_scores.attention_scores(attention, part, h, inputs, size)
+            norm = layer.get_submodule("input_layernorm")
+            with in_evaluation((norm, attention)):  # dropout would make noise, and draw what backward does not draw
+                return token_scores.attention_scores(attention, part, norm(x), inputs, size)
         if score == "norm":
             return token_scores.norm_scores(x, inputs, size)
+        if _recomputing() and (score == "gradient" or (score == "random" and self.selections.seed is not None)):
+            raise RuntimeError(
+                f"layer {self.index} cannot select the same tokens again in backward by score={score!r}: checkpoint "
+                "layer by layer, as transformers does, so that layers get the rotary embeddings of their forward again"
+            )
         if score == "random":
             return token_scores.random_scores(x, inputs, size, self.selections.generator(x.device))
         if score == "gradient":

@@ -20,7 +20,7 @@ from .decoder_layer import Anatomy, GatedPart, RMSNormPart, anatomy_of, decoder_
 from .kept_tokens import Kept
 from .linear import take_over
 from .llama_attention import AttentionPart, call_attention, lean_attention, runs_lean
-from .selections import EliminationOptions, LayerElimination, Selections, Sharing
+from .selections import EliminationOptions, LayerElimination, Selections, Sharing, call_of
 
 _OWN = ("elimination",)
 
@@ -115,6 +115,9 @@ class SelectiveLayer(nn.Module):
         rows = None if kept is None else kept.rows
         residual, h, offer = self.normalized("input_layernorm", x, rows, False)
         part, shared = state.anatomy.attention, state.selections.select_every > 1
+        if kept is not None:  # a cache would not hold the others
+            state.selections.short_caches.note(inputs.get("past_key_values"), call_of(inputs))
+            inputs = {**inputs, "past_key_values": None, "use_cache": False}
         if isinstance(part, AttentionPart) and runs_lean(self.self_attn, part, inputs):
             mask = inputs.get("attention_mask") if kept is None else kept.attention_mask(inputs, shared)
             with offer:
@@ -131,7 +134,7 @@ class SelectiveLayer(nn.Module):
         if kept is not None and kept.rows.numel() == 0:
             return x
         rows = None if kept is None else kept.rows
-        owned = owned and rows is not None
+        owned = owned and rows is not None and x.is_contiguous()
         residual, h, offer = self.normalized("post_attention_layernorm", x, rows, owned)
         part, mlp = self.elimination.anatomy.mlp, self.mlp
         if not isinstance(part, GatedPart) or not still_is(mlp, part.kind):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .kept_tokens import mask_obstacle
-from .selections import EliminationOptions, Selections, Sharing
+from .selections import EliminationOptions, Selections, Sharing, call_of
 from .selective_layer import SelectiveLayer, sliding_window
 
 
@@ -26,7 +26,17 @@ class TokenElimination(SelectiveLayer):
     are there, so a token is dropped for what comes behind it: this is for training alone.
 
     A call in training that drops nothing warns, once per layer and reason, and is counted in
-    `elimination.dense_calls`.
+    `elimination.dense_calls`. It does not where all are asked for (`keep=1` without a threshold), nor where a threshold
+    drops nothing and only the device knows; `elimination.kept_tokens` tells.
+
+    score="attention" calls `input_layernorm`, `q_proj` and `k_proj` (and the norms of queries and keys) once more, for
+    all tokens, as in evaluation and without gradients. So forward hooks of these run twice in a call.
+
+    Where processes train together (`torch.distributed` is initialized) a layer that keeps nothing computes for a row
+    that only fills up, and its gradients are zeros instead of none: the others wait for them.
+
+    A cache that a call in training fills lacks what was eliminated. Nothing may go on from it: a layer that is given it
+    in another call raises RuntimeError.
 
     Kept for backward, per kept token, where the parts are as Llama has them: the input of each norm and its rstd, what
     attention keeps (q, k, v, its output, the sum of each row), gate and up. Not kept: what the norms return,
@@ -80,10 +90,14 @@ class TokenElimination(SelectiveLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states `[B, T, H]` to `[B, T, H]`; the other arguments are those of the class that was taken over."""
         state = self.elimination
+        inputs = state.named(args, kwargs)
+        call = call_of(inputs)
+        state.selections.short_caches.check(inputs.get("past_key_values"), call)
         if state.selections.suspended or (state.options.train_only and not self.training):
             state.remember(hidden_states, None)
             return self.own_forward(hidden_states, *args, **kwargs)
-        inputs = state.named(args, kwargs)
+        if state.leader == state.index:
+            state.selections.begin(call, state.index)
         reason = self._obstacle(hidden_states, inputs)
         if reason is not None:
             state.note_dense(reason)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .kept_tokens import visible_from
+from .kept_tokens import padding_of, visible_from
 from .llama_attention import AttentionPart, queries_and_keys
 
 NAMED = ("attention", "norm", "random", "gradient", "predictor")
@@ -22,8 +22,8 @@ NAMED = ("attention", "norm", "random", "gradient", "predictor")
 class Predictor(Protocol):
     """Says how informative blocks are from what goes into a layer.
 
-    Called without gradients, and with activation checkpointing perhaps once more in backward, where its answer is then
-    not used. It must not change the hidden states.
+    Called without gradients. With activation checkpointing it is called once more in backward, for what it may draw at
+    random alone: its answer is not used there. It must not change the hidden states.
     """
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def attention_scores(
 @torch.no_grad()
 def token_scores(tokens: Tensor, inputs: Mapping[str, Any], block_size: int) -> Tensor:
     """The largest score of each block's tokens `[B, T]`, padding left out."""
-    _, padding = visible_from(inputs, tokens.shape[0], tokens.shape[1])
+    padding = padding_of(inputs, tokens.shape[0])
     tokens = tokens.to(_wide(tokens.dtype))
     if padding is not None:
         tokens = tokens.masked_fill(padding, -torch.inf)
@@ -128,7 +128,7 @@ def random_scores(x: Tensor, inputs: Mapping[str, Any], block_size: int, generat
         scores = torch.rand(batch, tokens // block_size, device=x.device)
     else:
         scores = torch.rand(batch, tokens // block_size, device=x.device, generator=generator)
-    return without_padding(scores, visible_from(inputs, batch, tokens)[1], block_size)
+    return without_padding(scores, padding_of(inputs, batch), block_size)
 
 
 @torch.no_grad()
@@ -150,4 +150,4 @@ def predicted_scores(
             f"{block_size} tokens, got {list(scores.shape)}"
         )
     scores = scores.to(x.device, _wide(scores.dtype))
-    return without_padding(scores, visible_from(inputs, batch, tokens)[1], block_size)
+    return without_padding(scores, padding_of(inputs, batch), block_size)

@@ -12,7 +12,7 @@ from .. import ops
 from .decoder_layer import Anatomy
 from .kept_tokens import Kept, mask_obstacle
 from .llama_attention import AttentionPart, lean_obstacle, selective_attention
-from .selections import EliminationOptions, Selections, Sharing
+from .selections import EliminationOptions, Selections, Sharing, call_of
 from .selective_layer import SelectiveLayer, added, sliding_window
 
 
@@ -102,17 +102,21 @@ class TokenTune(SelectiveLayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states `[B, T, H]` to `[B, T, H]`; the other arguments are those of the class that was taken over."""
         state, x = self.elimination, hidden_states
+        inputs = state.named(args, kwargs)
+        call = call_of(inputs)
+        state.selections.short_caches.check(inputs.get("past_key_values"), call)
         if state.index == state.leader:
+            state.selections.begin(call, state.index)
             state.selections.remember(None)
         # Reentrant checkpointing runs forward without gradients, on hidden states that have one.
         differentiated = torch.is_grad_enabled() or x.requires_grad
         if state.selections.suspended or not self.training or not differentiated:
             return self.own_forward(x, *args, **kwargs)
-        inputs = state.named(args, kwargs)
         reason = self._obstacle(x, inputs)
         if reason is not None:
             state.note_dense(reason)
             return self.own_forward(x, *args, **kwargs)
+        state.selections.short_caches.note(inputs.get("past_key_values"), call)
         inputs["past_key_values"] = None
         kept = state.select(self, x, inputs)
         if kept is None:  # all of them

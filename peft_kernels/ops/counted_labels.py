@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.lora import accumulation_dtype
-from .sparse_delta import _transforms_active
+from ._checks import transforms_active
 
 
 class Counted(NamedTuple):
@@ -65,7 +65,7 @@ def counted_labels(
 
 def host_reads(tensor: Tensor) -> bool:
     """Whether the host can look at the tensor at no cost."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms_active()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
 def _check_range(labels: Tensor, counts: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -92,7 +92,7 @@ def _computed_rows(targets: Tensor, max_tokens: int | None) -> Tensor | None:
                 f"{rows.shape[0]}, got {max_tokens}"
             )
         return None if rows.shape[0] == targets.shape[0] else rows
-    if max_tokens is None or max_tokens >= targets.shape[0] or _transforms_active():
+    if max_tokens is None or max_tokens >= targets.shape[0] or transforms_active():
         return None
     torch._assert_async(
         (targets >= 0).sum() <= max_tokens,

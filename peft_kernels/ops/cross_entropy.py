@@ -15,9 +15,7 @@ from .. import backends
 from ..reference import cross_entropy as reference
 from ..reference.lora import accumulation_dtype, as_rows
 from ._autocast import autocast_dtype
-from ._checks import FLOATING as _FLOATING
-from ._checks import describe as _describe
-from ._checks import transforms_active as _transforms_active
+from ._checks import FLOATING, describe, transforms_active
 from ._register import register_operator
 from .counted_labels import Counted, counted_labels
 from .cross_entropy_chunks import Chunks, LinearCrossEntropyFunction
@@ -99,7 +97,7 @@ def linear_cross_entropy(
     """
     dtype = autocast_dtype(hidden.device.type)
     if dtype is not None:
-        if hidden.dtype in _FLOATING and hidden.dtype != torch.float64:
+        if hidden.dtype in FLOATING and hidden.dtype != torch.float64:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -154,7 +152,7 @@ def _losses(
     softcap: float | None,
     summed: bool,
 ) -> Tensor:
-    if _transforms_active():
+    if transforms_active():
         losses = reference.linear_cross_entropy(hidden, weight, bias, counted.targets, softcap)
         losses = losses if counted.weights is None else losses * counted.weights
         return losses.sum() if summed else losses
@@ -176,31 +174,29 @@ def _check_tensors(
     token_weights: Tensor | None,
 ) -> None:
     op = "linear_cross_entropy"
-    if hidden.dim() < 1 or hidden.dtype not in _FLOATING:
-        raise TypeError(
-            f"{op}: hidden must be [..., H], float32, bfloat16, float16 or float64, got {_describe(hidden)}"
-        )
+    if hidden.dim() < 1 or hidden.dtype not in FLOATING:
+        raise TypeError(f"{op}: hidden must be [..., H], float32, bfloat16, float16 or float64, got {describe(hidden)}")
     features = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] < 1:
-        raise ValueError(f"{op}: weight must be [V >= 1, {features}], got {_describe(weight)}")
+        raise ValueError(f"{op}: weight must be [V >= 1, {features}], got {describe(weight)}")
     tokens = tuple(hidden.shape[:-1])
     others: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...], tuple[int, ...]]] = {
         "weight": (weight, (hidden.dtype,), tuple(weight.shape)),
         "bias": (bias, (hidden.dtype,), (weight.shape[0],)),
         "labels": (labels, (torch.int64,), tokens),
         "token_mask": (token_mask, (torch.bool,), tokens),
-        "token_weights": (token_weights, _FLOATING, tokens),
+        "token_weights": (token_weights, FLOATING, tokens),
     }
     for name, (tensor, dtypes, shape) in others.items():
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{op}: {name} must be {names}, got {_describe(tensor)}")
+            raise TypeError(f"{op}: {name} must be {names}, got {describe(tensor)}")
         if tensor.shape != shape:
-            raise ValueError(f"{op}: {name} must be {list(shape)}, got {_describe(tensor)}")
+            raise ValueError(f"{op}: {name} must be {list(shape)}, got {describe(tensor)}")
         if tensor.device != hidden.device:
-            raise ValueError(f"{op}: {name} must be on hidden's device, {hidden.device}, got {_describe(tensor)}")
+            raise ValueError(f"{op}: {name} must be on hidden's device, {hidden.device}, got {describe(tensor)}")
 
 
 def _check_options(

@@ -19,8 +19,8 @@ from ..reference.philox import dropout_scale
 from ..reference.wta_crs import sampled_weight_grad
 from . import lora
 from ._autocast import autocast_dtype
+from ._checks import FLOATING, describe
 from ._views import no_view
-from .sparse_delta import _FLOATING, _describe
 from .token_elimination import _check_floating, _check_like
 from .wta_crs import RowSample, refuse_transforms
 
@@ -167,7 +167,7 @@ def _check_sample(op: str, x: Tensor, sample: RowSample) -> None:
     for name, tensor, dtype in (("rows", rows, torch.int32), ("scales", scales, torch.float32)):
         if tensor.dtype != dtype or tensor.shape != kept.shape[:1] or tensor.device != x.device:
             raise ValueError(
-                f"{op}: sample.{name} must be [{kept.shape[0]}] in {dtype} on {x.device}, got {_describe(tensor)}"
+                f"{op}: sample.{name} must be [{kept.shape[0]}] in {dtype} on {x.device}, got {describe(tensor)}"
             )
 
 
@@ -197,18 +197,18 @@ def sampled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sample: RowSa
         return F.linear(x, weight, bias)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        if x.dtype in _FLOATING and x.dtype != torch.float64:
+        if x.dtype in FLOATING and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return sampled_linear(x, weight, bias, sample)
     _check_floating(op, "x", x, 1)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight must be [N, {x.shape[-1]}] to match x, got {_describe(weight)}")
+        raise ValueError(f"{op}: weight must be [N, {x.shape[-1]}] to match x, got {describe(weight)}")
     _check_like(op, "weight", weight, "x", x)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to match weight, got {_describe(bias)}")
+            raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to match weight, got {describe(bias)}")
         _check_like(op, "bias", bias, "x", x)
     _check_sample(op, x, sample)
     refuse_transforms(op)
@@ -253,7 +253,7 @@ def sampled_lora_linear(
         return lora.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, training)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        if x.dtype in _FLOATING and x.dtype != torch.float64:
+        if x.dtype in FLOATING and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ._autocast import autocast_dtype
+from ._checks import FLOATING, describe
 from .cross_entropy import linear_cross_entropy
-from .sparse_delta import _FLOATING, _describe
 
 _SLACK = 1e-9
 """Of a count: 0.7 of 10 are 7, though the product lies above it."""
@@ -59,9 +59,9 @@ def select_excess_tokens(
     """
     op = "select_excess_tokens"
     _check_ratio(op, ratio)
-    if losses.dtype not in _FLOATING:
-        raise TypeError(f"{op}: losses must be float32, bfloat16, float16 or float64, got {_describe(losses)}")
-    _check_like(op, "losses", losses, "reference_losses", reference_losses, _FLOATING)
+    if losses.dtype not in FLOATING:
+        raise TypeError(f"{op}: losses must be float32, bfloat16, float16 or float64, got {describe(losses)}")
+    _check_like(op, "losses", losses, "reference_losses", reference_losses, FLOATING)
     _check_like(op, "losses", losses, "labels", labels, (torch.int64,))
     _check_like(op, "losses", losses, "token_mask", token_mask, (torch.bool,))
     counts = torch.ones_like(losses, dtype=torch.bool) if labels is None else labels != ignore_index
@@ -126,9 +126,9 @@ def selective_cross_entropy(
     """
     op = "selective_cross_entropy"
     check_loss_ratio(op, ratio)
-    _check_like(op, "labels", labels, "reference_losses", reference_losses, _FLOATING)
+    _check_like(op, "labels", labels, "reference_losses", reference_losses, FLOATING)
     dtype = autocast_dtype(hidden.device.type)
-    if dtype is not None and hidden.dtype in _FLOATING and hidden.dtype != torch.float64:
+    if dtype is not None and hidden.dtype in FLOATING and hidden.dtype != torch.float64:
         # Once for both passes; hidden and weight in this dtype are left as they are from here on.
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -188,8 +188,8 @@ def _check_like(
         return
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be {names}, got {_describe(tensor)}")
+        raise TypeError(f"{op}: {name} must be {names}, got {describe(tensor)}")
     if tensor.shape != model.shape:
-        raise ValueError(f"{op}: {name} must be {list(model.shape)}, as {whose}, got {_describe(tensor)}")
+        raise ValueError(f"{op}: {name} must be {list(model.shape)}, as {whose}, got {describe(tensor)}")
     if tensor.device != model.device:
-        raise ValueError(f"{op}: {name} must be on {whose}' device, {model.device}, got {_describe(tensor)}")
+        raise ValueError(f"{op}: {name} must be on {whose}' device, {model.device}, got {describe(tensor)}")

@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference import token_elimination as reference
 from ..reference.lora import accumulation_dtype, as_rows
-from ._checks import FLOATING as _FLOATING
-from ._checks import describe as _describe
-from ._checks import transforms_active as _transforms_active
+from ._checks import FLOATING, describe, transforms_active
 from ._register import fake_in_place, register_operator, triton_launchers
 from ._views import no_view
 
@@ -187,7 +185,7 @@ class SplitRMSNormFunction(torch.autograd.Function):
 
 def _taken_apart() -> bool:
     """Whether a `torch.func` transform needs the reference; `torch.compile` would put the question into its graph."""
-    return not torch.compiler.is_compiling() and _transforms_active()
+    return not torch.compiler.is_compiling() and transforms_active()
 
 
 class RopeRowsFunction(torch.autograd.Function):
@@ -208,25 +206,25 @@ class RopeRowsFunction(torch.autograd.Function):
 
 def _check_rows(op: str, rows: Tensor, like: Tensor, name: str = "rows") -> None:
     if rows.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be int32, got {_describe(rows)}")
+        raise TypeError(f"{op}: {name} must be int32, got {describe(rows)}")
     if rows.dim() != 1:
-        raise ValueError(f"{op}: {name} must be 1-D, got {_describe(rows)}")
+        raise ValueError(f"{op}: {name} must be 1-D, got {describe(rows)}")
     if rows.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} like the other arguments, got {_describe(rows)}")
+        raise ValueError(f"{op}: {name} must be on {like.device} like the other arguments, got {describe(rows)}")
 
 
 def _check_floating(op: str, name: str, tensor: Tensor, dimensions: int) -> None:
     if tensor.dim() < dimensions:
-        raise ValueError(f"{op}: {name} must have at least {dimensions} dimensions, got {_describe(tensor)}")
-    if tensor.dtype not in _FLOATING:
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_describe(tensor)}")
+        raise ValueError(f"{op}: {name} must have at least {dimensions} dimensions, got {describe(tensor)}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
 
 
 def _check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must have {like_name}'s dtype, {like.dtype}, got {_describe(tensor)}")
+        raise TypeError(f"{op}: {name} must have {like_name}'s dtype, {like.dtype}, got {describe(tensor)}")
     if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like_name}'s device, {like.device}, got {_describe(tensor)}")
+        raise ValueError(f"{op}: {name} must be on {like_name}'s device, {like.device}, got {describe(tensor)}")
 
 
 def _check_changeable(op: str, name: str, tensor: Tensor, *others: Tensor) -> None:
@@ -239,19 +237,19 @@ def _check_changeable(op: str, name: str, tensor: Tensor, *others: Tensor) -> No
         if owner is not None and owner.is_leaf and owner.requires_grad:
             raise ValueError(
                 f"{op}: {name} must be neither a leaf that requires grad nor a view of one to be changed in place, got "
-                f"{_describe(tensor)}"
+                f"{describe(tensor)}"
             )
     if tensor._is_view() and _creation_of(tensor) != _CreationMeta.DEFAULT:
         raise ValueError(
             f"{op}: {name} must be no view made under no_grad, by a Function or beside others to be changed in place, "
-            f"got {_describe(tensor)}"
+            f"got {describe(tensor)}"
         )
 
 
 def _check_owned(op: str, residual: Tensor, *others: Tensor) -> None:
     """Refuses a residual that cannot be changed in place, where it would be."""
     if not residual.is_contiguous():
-        raise ValueError(f"{op}: residual must be contiguous to be changed in place, got {_describe(residual)}")
+        raise ValueError(f"{op}: residual must be contiguous to be changed in place, got {describe(residual)}")
     if not torch.compiler.is_compiling() and not _taken_apart():
         _check_changeable(op, "residual", residual, *others)
 
@@ -310,7 +308,7 @@ def scatter_add_rows(residual: Tensor, values: Tensor, rows: Tensor, in_place: b
     if values.shape[-1] != residual.shape[-1] or as_rows(values).shape[0] != rows.shape[0]:
         raise ValueError(
             f"{op}: values must be [..., {residual.shape[-1]}] with a row for each of rows {list(rows.shape)}, got "
-            f"{_describe(values)}"
+            f"{describe(values)}"
         )
     if in_place:
         _check_owned(op, residual, values)
@@ -350,8 +348,8 @@ def split_rms_norm(
     """
     op = "split_rms_norm"
     _check_floating(op, "x", x, 2)
-    if weight.shape != x.shape[-1:] or weight.dtype not in _FLOATING or weight.device != x.device:
-        raise ValueError(f"{op}: weight must be [{x.shape[-1]}], floating, on {x.device}, got {_describe(weight)}")
+    if weight.shape != x.shape[-1:] or weight.dtype not in FLOATING or weight.device != x.device:
+        raise ValueError(f"{op}: weight must be [{x.shape[-1]}], floating, on {x.device}, got {describe(weight)}")
     if rows is not None:
         _check_rows(op, rows, x)
     elif owned:
@@ -388,22 +386,22 @@ def rope_rows(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -
     op = "rope_rows"
     _check_floating(op, "x", x, 3)
     if x.dim() != 3:
-        raise ValueError(f"{op}: x must be [S, heads, D], got {_describe(x)}")
+        raise ValueError(f"{op}: x must be [S, heads, D], got {describe(x)}")
     for name, tensor in (("cos", cos), ("sin", sin)):
         _check_floating(op, name, tensor, 2)
         if tensor.dim() != 2 or tensor.shape[1] % 2 or tensor.shape[1] > x.shape[2] or tensor.device != x.device:
             raise ValueError(
                 f"{op}: {name} must be [P, R] with R even and at most {x.shape[2]} on {x.device}, got "
-                f"{_describe(tensor)}"
+                f"{describe(tensor)}"
             )
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
-        raise ValueError(f"{op}: sin must be like cos, {_describe(cos)}, got {_describe(sin)}")
+        raise ValueError(f"{op}: sin must be like cos, {describe(cos)}, got {describe(sin)}")
     count = cos.shape[0] if rows is None else rows.shape[0]
     if rows is not None:
         _check_rows(op, rows, x)
     if count != x.shape[0]:
         raise ValueError(
-            f"{op}: x must have {count} tokens like {'cos' if rows is None else 'rows'}, got {_describe(x)}"
+            f"{op}: x must have {count} tokens like {'cos' if rows is None else 'rows'}, got {describe(x)}"
         )
     if _taken_apart():
         return reference.rope_rows(x, cos, sin, rows, False)

@@ -15,8 +15,7 @@ from ..reference import token_elimination as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
-from ._checks import FLOATING as _FLOATING
-from ._checks import describe as _describe
+from ._checks import FLOATING, describe
 from ._views import no_view
 from .token_elimination import (
     _check_floating,
@@ -123,15 +122,15 @@ def _check(
     _check_floating(op, "x", x, 2)
     _check_rows(op, rows, x, "indices")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight must be [N, {x.shape[-1]}] to match x, got {_describe(weight)}")
+        raise ValueError(f"{op}: weight must be [N, {x.shape[-1]}] to match x, got {describe(weight)}")
     _check_like(op, "weight", weight, "x", x)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to match weight, got {_describe(bias)}")
+            raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to match weight, got {describe(bias)}")
         _check_like(op, "bias", bias, "x", x)
     count = as_rows(x).shape[0]
     if gathered and count != rows.shape[0]:
-        raise ValueError(f"{op}: x must have a row for each of indices {list(rows.shape)}, got {_describe(x)}")
+        raise ValueError(f"{op}: x must have a row for each of indices {list(rows.shape)}, got {describe(x)}")
     if residual is None:
         if in_place:
             raise ValueError(f"{op}: residual must be given to be changed in place, got None")
@@ -141,7 +140,7 @@ def _check(
     expected = residual.shape[:-1] if gathered else x.shape[:-1]
     if residual.shape != (*expected, weight.shape[0]):
         raise ValueError(
-            f"{op}: residual must be {[*expected, weight.shape[0]]} to match x and weight, got {_describe(residual)}"
+            f"{op}: residual must be {[*expected, weight.shape[0]]} to match x and weight, got {describe(residual)}"
         )
     if in_place:
         _check_owned(op, residual, x, weight, *([] if bias is None else [bias]))
@@ -198,7 +197,7 @@ def gather_linear_scatter(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         onto_x = residual is x
-        if x.dtype in _FLOATING and x.dtype != torch.float64:
+        if x.dtype in FLOATING and x.dtype != torch.float64:
             x, weight = recompute.cast(x, dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):

@@ -14,9 +14,7 @@ from torch import Tensor
 from .. import backends
 from ..reference import token_selection as reference
 from ..reference.lora import accumulation_dtype
-from ._checks import FLOATING as _FLOATING
-from ._checks import describe as _describe
-from ._checks import transforms_active as _transforms_active
+from ._checks import FLOATING, describe, transforms_active
 from ._register import register_operator, triton_launchers
 
 _ROWS = 2**31  # flat rows are int32
@@ -135,14 +133,14 @@ def select_tokens(
     _check_ratio(op, keep)
     _check_block_size(op, block_size)
     if scores.dim() != 2:
-        raise ValueError(f"{op}: scores must be 2-D, got {_describe(scores)}")
-    if scores.dtype not in _FLOATING:
-        raise TypeError(f"{op}: scores must be float32, bfloat16, float16 or float64, got {_describe(scores)}")
+        raise ValueError(f"{op}: scores must be 2-D, got {describe(scores)}")
+    if scores.dtype not in FLOATING:
+        raise TypeError(f"{op}: scores must be float32, bfloat16, float16 or float64, got {describe(scores)}")
     if tokens is not None:
         _check_tokens(op, tokens)
     if tokens is not None and scores.shape[1] != tokens // block_size:
         raise ValueError(
-            f"{op}: scores must be [B, {tokens} // {block_size}] for {tokens} tokens, got {_describe(scores)}"
+            f"{op}: scores must be [B, {tokens} // {block_size}] for {tokens} tokens, got {describe(scores)}"
         )
     scores = scores.detach().to(accumulation_dtype(scores.dtype))
     limit = None if threshold is None else _limit(op, threshold, scores)
@@ -162,10 +160,10 @@ def select_tokens(
 
 def _limit(op: str, threshold: float | Tensor, scores: Tensor) -> Tensor:
     if isinstance(threshold, Tensor):
-        if threshold.dim() != 0 or threshold.dtype not in _FLOATING:
-            raise ValueError(f"{op}: threshold must be a number or a floating 0-d tensor, got {_describe(threshold)}")
+        if threshold.dim() != 0 or threshold.dtype not in FLOATING:
+            raise ValueError(f"{op}: threshold must be a number or a floating 0-d tensor, got {describe(threshold)}")
         if threshold.device != scores.device:
-            raise ValueError(f"{op}: threshold must be on scores' device, {scores.device}, got {_describe(threshold)}")
+            raise ValueError(f"{op}: threshold must be on scores' device, {scores.device}, got {describe(threshold)}")
         return threshold.detach().to(scores.dtype)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"{op}: threshold must be a number or a 0-d tensor, got {threshold!r}")
@@ -188,9 +186,9 @@ def flat_rows(positions: Tensor, tokens: int) -> Tensor:
         ValueError, TypeError: positions' shape or dtype or tokens is off, or there are 2^31 rows or more.
     """
     if positions.dim() != 2:
-        raise ValueError(f"flat_rows: positions must be [B, S], got {_describe(positions)}")
+        raise ValueError(f"flat_rows: positions must be [B, S], got {describe(positions)}")
     if positions.dtype != torch.int32:
-        raise TypeError(f"flat_rows: positions must be int32, got {_describe(positions)}")
+        raise TypeError(f"flat_rows: positions must be int32, got {describe(positions)}")
     _check_tokens("flat_rows", tokens)
     batch = positions.shape[0]
     if batch * tokens >= _ROWS:
@@ -227,23 +225,23 @@ def block_scores(q: Tensor, k: Tensor, block_size: int = 64, starts: Tensor | No
     op = "block_scores"
     _check_block_size(op, block_size)
     if q.dim() != 4:
-        raise ValueError(f"{op}: q must be [B, heads, T, D], got {_describe(q)}")
-    if q.dtype not in _FLOATING:
-        raise TypeError(f"{op}: q must be float32, bfloat16, float16 or float64, got {_describe(q)}")
+        raise ValueError(f"{op}: q must be [B, heads, T, D], got {describe(q)}")
+    if q.dtype not in FLOATING:
+        raise TypeError(f"{op}: q must be float32, bfloat16, float16 or float64, got {describe(q)}")
     batch, heads, tokens, depth = q.shape
     if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != q.shape[2:]:
-        raise ValueError(f"{op}: k must be [{batch}, key_value_heads, {tokens}, {depth}], got {_describe(k)}")
+        raise ValueError(f"{op}: k must be [{batch}, key_value_heads, {tokens}, {depth}], got {describe(k)}")
     if k.shape[1] < 1 or heads % k.shape[1] != 0:
-        raise ValueError(f"{op}: k must have a number of heads that divides q's, {heads}, got {_describe(k)}")
+        raise ValueError(f"{op}: k must have a number of heads that divides q's, {heads}, got {describe(k)}")
     if k.dtype != q.dtype:
-        raise TypeError(f"{op}: k must have q's dtype, {q.dtype}, got {_describe(k)}")
+        raise TypeError(f"{op}: k must have q's dtype, {q.dtype}, got {describe(k)}")
     others = {"k": k, "starts": starts}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{op}: {name} must be on q's device, {q.device}, got {_describe(tensor)}")
+            raise ValueError(f"{op}: {name} must be on q's device, {q.device}, got {describe(tensor)}")
     if starts is not None and (starts.dtype != torch.int32 or starts.shape != (batch, tokens)):
-        raise ValueError(f"{op}: starts must be int32 [{batch}, {tokens}], got {_describe(starts)}")
-    if _transforms_active():
+        raise ValueError(f"{op}: starts must be int32 [{batch}, {tokens}], got {describe(starts)}")
+    if transforms_active():
         return reference.block_scores(q.detach(), k.detach(), block_size, starts)
     kernel = backends.kernel(op, q.device.type, q.dtype, backends.forced_backend())
     return kernel(q.detach(), k.detach(), block_size, starts)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference import token_tune as reference
 from ._autocast import autocast_dtype
-from .sparse_delta import _describe
+from ._checks import describe
 from .token_elimination import _check_floating, _check_like, _check_rows, _kernel, _taken_apart
 
 
@@ -111,11 +111,11 @@ def _check_parts(
     """Checks rows of selected tokens and those of the others beside them."""
     for name, tensor, count in zip(names, (selected, others), (len(rows), len(other_rows)), strict=True):
         if tensor.shape[0] != count:
-            raise ValueError(f"{op}: {name} must have a row for each of its {count} rows, got {_describe(tensor)}")
+            raise ValueError(f"{op}: {name} must have a row for each of its {count} rows, got {describe(tensor)}")
     _check_like(op, names[1], others, names[0], selected)
     if others.shape[1:] != selected.shape[1:]:
         expected = ", ".join(map(str, (len(other_rows), *selected.shape[1:])))
-        raise ValueError(f"{op}: {names[1]} must be like {names[0]}, [{expected}], got {_describe(others)}")
+        raise ValueError(f"{op}: {names[1]} must be like {names[0]}, [{expected}], got {describe(others)}")
 
 
 def merge_rows(selected: Tensor, others: Tensor, rows: Tensor, other_rows: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def selected_attention(
     if selected[2].shape[1] != groups or groups < 1 or heads % groups:
         raise ValueError(
             f"{op}: k and v must have the same number of heads, one that divides q's, {heads}, got "
-            f"{_describe(selected[1])} and {_describe(selected[2])}"
+            f"{describe(selected[1])} and {describe(selected[2])}"
         )
     if batch < 1 or rows.shape[0] % batch or other_rows.shape[0] % batch:
         raise ValueError(
@@ -199,7 +199,7 @@ def selected_attention(
         )
     tokens = (rows.shape[0] + other_rows.shape[0]) // batch
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (tokens, tokens)):
-        raise ValueError(f"{op}: mask must be [B or 1, heads or 1, {tokens}, {tokens}], got {_describe(mask)}")
+        raise ValueError(f"{op}: mask must be [B or 1, heads or 1, {tokens}, {tokens}], got {describe(mask)}")
     dtype = autocast_dtype(rows.device.type)
     tensors: Any = [tensor if dtype is None else tensor.to(dtype) for tensor in (*selected, *others)]
     if torch.compiler.is_compiling() or _taken_apart():

@@ -21,8 +21,8 @@ from .. import backends
 from ..reference import wta_crs as reference
 from ..reference.lora import as_rows
 from ._autocast import autocast_dtype
+from ._checks import FLOATING, describe
 from ._register import register_operator
-from .sparse_delta import _FLOATING, _describe
 from .token_elimination import _check_floating, _taken_apart
 
 
@@ -129,15 +129,15 @@ def sampled_rows(
     if k < 1:
         raise ValueError(f"{op}: k must be at least 1, got {k}")
     if norms.dim() != 1:
-        raise ValueError(f"{op}: norms must be 1-D, got {_describe(norms)}")
-    if norms.dtype not in _FLOATING:
-        raise TypeError(f"{op}: norms must be float32, bfloat16, float16 or float64, got {_describe(norms)}")
+        raise ValueError(f"{op}: norms must be 1-D, got {describe(norms)}")
+    if norms.dtype not in FLOATING:
+        raise TypeError(f"{op}: norms must be float32, bfloat16, float16 or float64, got {describe(norms)}")
     if uniforms is None:
         uniforms = draw_uniforms(k, norms.device, generator)
     elif uniforms.dtype != torch.float64:
-        raise TypeError(f"{op}: uniforms must be float64, got {_describe(uniforms)}")
+        raise TypeError(f"{op}: uniforms must be float64, got {describe(uniforms)}")
     elif uniforms.shape != (k,) or uniforms.device != norms.device:
-        raise ValueError(f"{op}: uniforms must be [{k}] on {norms.device}, got {_describe(uniforms)}")
+        raise ValueError(f"{op}: uniforms must be [{k}] on {norms.device}, got {describe(uniforms)}")
     elif generator is not None:
         raise ValueError(f"{op}: generator must be None when uniforms are given, got {generator!r}")
     return reference.sampled_rows(norms.detach(), uniforms.detach())  # on every backend; there is nothing to choose
@@ -177,10 +177,10 @@ def draw_rows(
     matrix = as_rows(x.detach())
     total = matrix.shape[0]
     if grad_norms is not None:
-        if grad_norms.numel() != total or grad_norms.device != x.device or grad_norms.dtype not in _FLOATING:
+        if grad_norms.numel() != total or grad_norms.device != x.device or grad_norms.dtype not in FLOATING:
             raise ValueError(
                 f"{op}: grad_norms must be {total} floating numbers on {x.device}, one for each row of x, got "
-                f"{_describe(grad_norms)}"
+                f"{describe(grad_norms)}"
             )
         grad_norms = grad_norms.detach().flatten()
     count = kept_rows(total, keep_ratio)

@@ -116,6 +116,17 @@ def test_nothing_is_frozen_and_all_but_the_first_two_and_the_last_eliminate():
     assert str(elimination.report(model)) == text
 
 
+@pytest.mark.parametrize("random", [False, True])
+def test_a_model_that_trains_with_dropout_is_taken_and_the_generator_left_alone(random):
+    model = build()
+    adapter = LoraConfig(lora_dropout=0.4, init_lora_weights=not random, target_modules="all-linear")
+    peft_kernels.inject(model, adapter, seed=1)
+    before = torch.get_rng_state()
+    report = peft_kernels.inject(model, TokenEliminationConfig(keep_ratio=0.5, layers=[1, 2], block_size=4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(report.eliminating) == 2 and all(module.training for module in model.modules())
+
+
 def test_a_second_injection_is_refused():
     model = build()
     eliminated(model)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
 from peft_kernels.nn.kept_tokens import (
@@ -15,8 +16,10 @@ from peft_kernels.nn.kept_tokens import (
     documents,
     gathered_mask,
     mask_obstacle,
+    padding_of,
     visible_from,
 )
+from peft_kernels.nn.token_scores import norm_scores
 
 from . import models
 from .models import BLOCK, assert_same_gradients, build, eliminated, gradients, layers_of, tokens
@@ -149,6 +152,33 @@ def test_where_tokens_see_from():
     window = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril().triu(-1)
     added = torch.zeros(1, 1, 5, 5).masked_fill(~window, torch.finfo(torch.float32).min)
     assert visible_from({"attention_mask": added}, 2, 5)[0].tolist() == [[0, 0, 1, 2, 3]] * 2
+
+
+def test_padding_is_read_off_the_diagonal():
+    """Scores that only have to know what is padding read one number per token of a mask, not one per pair."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not func.is_view:
+                self.size = max(self.size, result.numel())
+            return result
+
+    left = torch.arange(LENGTH) >= torch.tensor([[0], [9]])
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & left[:, None, None, :]
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    x = torch.randn(2, LENGTH, 1)
+    for mask in (seen, added, left.long()):
+        inputs = {"attention_mask": mask}
+        assert torch.equal(padding_of(inputs, 2), ~left)
+        assert torch.equal(padding_of(inputs, 2), visible_from(inputs, 2, LENGTH)[1])
+        with Largest() as largest:
+            scores = norm_scores(x, inputs, BLOCK)
+        assert scores[1].isneginf().tolist() == [True, True, False, False, False]
+        assert largest.size == 2 * LENGTH
+    assert padding_of({}, 2) is None and padding_of({"position_ids": torch.arange(5)[None]}, 1) is None
 
 
 def test_masks_that_tokens_cannot_be_gathered_of():

@@ -95,6 +95,17 @@ def test_dropped_tokens_pass_by_to_the_bit(dtype, apply_to):
         assert torch.equal(grad[dropped], upstream[dropped])
 
 
+@HALVES
+def test_hidden_states_may_have_any_strides(apply_to):
+    model = build()
+    layer = TokenElimination(layers_of(model)[1], 0.5, BLOCK, "norm", apply_to)
+    x = torch.randn(22, 2, 16, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    y = called(layer, model, x)
+    expected = called(layer, model, x.detach().contiguous().requires_grad_())
+    assert torch.equal(y, expected)
+    y.sum().backward()
+
+
 def test_the_input_is_left_alone_and_so_is_the_module():
     model = build()
     module = layers_of(model)[1]
@@ -167,6 +178,7 @@ def test_a_cache_that_training_makes_stays_empty_of_kept_tokens():
 @pytest.mark.parametrize(
     ("options", "length", "reason"),
     [
+        ({"keep_ratio": None, "threshold": -1.0, "score": "norm"}, 24, "no block of this call scores below its"),
         ({}, 7, "sequences are shorter than two blocks of 4 tokens"),
         ({"keep_ratio": 0.9}, 24, "keep=0.9, rounded up to whole blocks, is all of them"),
     ],

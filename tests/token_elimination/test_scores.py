@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import peft_kernels
 from peft_kernels import elimination
 from peft_kernels.nn.selections import Selections
 from peft_kernels.reference.token_selection import block_scores
 
-from .models import BLOCK, build, eliminated, every_architecture, layers_of, tokens
+from .models import BLOCK, build, eliminated, every_architecture, fixed_scores, layers_of, tokens
 
 
 def watched(model):
@@ -224,15 +226,24 @@ def checkpointed(model, use_reentrant):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("score", ["attention", "norm", "random", "gradient", "predictor"])
+@pytest.mark.parametrize("score", ["attention", "norm", "random", "gradient", "predictor", "noisy predictor"])
 @pytest.mark.parametrize("select_every", [1, 2])
 def test_checkpointing_computes_the_same(use_reentrant, score, select_every):
     ids = tokens(length=24)
     batch = {"input_ids": ids, "labels": ids}
 
+    def noisy(hidden):
+        return fixed_scores(hidden) + torch.rand(2, 6)
+
     def run(checkpointing):
-        model = build()
-        eliminated(model, score=score, select_every=select_every)
+        model = build(attention_dropout=0.3)
+        adapter = peft_kernels.LoraConfig(
+            r=2, lora_dropout=0.3, init_lora_weights=False, target_modules="all-linear", bias="all"
+        )
+        peft_kernels.inject(model, adapter, seed=1)
+        eliminated(model, score=score.removeprefix("noisy "), select_every=select_every)
+        if score == "noisy predictor":
+            elimination.set_predictors(model, {1: noisy, 2: noisy})
         if checkpointing:
             checkpointed(model, use_reentrant)
         if score == "gradient":
@@ -248,6 +259,78 @@ def test_checkpointing_computes_the_same(use_reentrant, score, select_every):
     loss, found = run(True)
     assert torch.equal(loss, expected) and found.keys() == gradients_expected.keys()
     assert all(torch.equal(grad, gradients_expected[name]) for name, grad in found.items())
+
+
+def test_dropout_is_not_in_attention_scores():
+    ids, kept = tokens(length=40), []
+    for dropout in (0.0, 0.9):
+        model = build()
+        adapter = peft_kernels.LoraConfig(lora_dropout=dropout, init_lora_weights=False, target_modules="all-linear")
+        peft_kernels.inject(model, adapter, seed=1)
+        eliminated(model, score="attention", layers=[0])
+        seen = watched(model)
+        model(input_ids=ids)
+        kept.append(seen[0][1])
+        attention = layers_of(model)[0].self_attn
+        assert all(module.training for module in attention.modules()), "flags are as they were"
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize(
+    ("score", "seed"), [("attention", None), ("random", None), ("random", 5), ("gradient", None)], ids=str
+)
+@pytest.mark.parametrize("select_every", [1, 2])
+def test_checkpointing_the_whole_model_computes_the_same_or_is_refused(score, seed, select_every):
+    """There backward makes other tables of cosines, by which no selection of forward is found."""
+    ids = tokens(length=24)
+
+    def run(whole):
+        model = build(num_hidden_layers=2)
+        eliminated(model, score=score, seed=seed, layers=[0, 1], select_every=select_every)
+        if score == "gradient":
+            elimination.score_by_gradient(model, input_ids=ids, labels=ids)
+        torch.manual_seed(4)
+        loss = checkpoint(whole, model, ids, use_reentrant=False) if whole else model(input_ids=ids, labels=ids).loss
+        return gradients_of(model, loss)
+
+    def whole(model, ids):
+        return model(input_ids=ids, labels=ids).loss
+
+    if score == "gradient" or seed is not None:
+        with pytest.raises(RuntimeError, match="layer 0 cannot select the same tokens again in backward by score="):
+            run(whole)
+        return
+    expected, found = run(None), run(whole)
+    assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
+
+
+def test_layers_find_no_selection_of_a_call_before_where_theirs_makes_none():
+    """The tables of cosines are the same tensors in both calls. In the second, the leader has a sliding window."""
+    model = build(num_hidden_layers=2)
+    eliminated(model, layers=[0, 1], score="norm", select_every=2)
+    leader, follower = layers_of(model)
+    first, second = torch.randn(2, 2, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tables = model.model.rotary_emb(first, torch.arange(24)[None])
+    follower(leader(first, position_embeddings=tables), position_embeddings=tables)
+    leader.self_attn.sliding_window = 7  # it is not stretched: the leader keeps all tokens
+    with pytest.warns(UserWarning, match="its sliding window of 7 tokens would count kept tokens"):
+        x = leader(second, position_embeddings=tables)
+    found = follower(x, position_embeddings=tables)
+    alone = peft_kernels.nn.TokenElimination(follower.restored(), 0.5, BLOCK, "norm")
+    assert torch.equal(found, alone(x, position_embeddings=tables))
+
+
+def test_where_calls_are_not_known_followers_find_what_their_leader_made_in_this_one():
+    selections, made = Selections(select_every=2), []
+
+    def selected(index):
+        return selections.find_or_make(None, (0, 0.5), index, lambda: made.append(object()) or made[-1], made.clear)
+
+    for _ in range(2):
+        selections.begin(None, 0)
+        assert selected(0) is selected(1) is made[-1]
+    selections.begin(None, 0)  # and selects nothing
+    assert selected(1) is made[-1] and len(made) == 3
 
 
 def gradients_of(model, loss):

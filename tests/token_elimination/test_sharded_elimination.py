@@ -1,4 +1,4 @@
-"""Layers that eliminate tokens under `fully_shard`, on one process."""
+"""Layers that eliminate tokens under `fully_shard` and DistributedDataParallel, on one process."""
 
 from __future__ import annotations
 
@@ -50,3 +50,32 @@ def test_sharded_layers_compute_the_same(one_process, checkpointing):
     with pytest.raises(ValueError, match=r"made of a layer that eliminates tokens \(by fully_shard\?\)"):
         elimination.remove(sharded)
     assert len(elimination.eliminating_layers(sharded)) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_ratio": 0.0},
+        {"keep_ratio": 0.0, "apply_to": "mlp"},
+        {"keep_ratio": None, "threshold": 1e9, "score": "norm"},
+        {"keep_ratio": None, "threshold": 1e9, "score": "norm", "apply_to": "attention"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_that_keep_nothing_take_part_in_the_exchange_of_gradients(one_process, options, attention):
+    ids = tokens(2, 20)
+    model = build(dtype=torch.float32, attention=attention)
+    eliminated(model, **options)
+    layer = layers_of(model)[1]
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    passed = []
+    layer.register_forward_hook(lambda module, args, output: passed.append(torch.equal(output, args[0])))
+    for _ in range(2):  # the second call complains of what the first left out
+        parallel(input_ids=ids, labels=ids).loss.backward()
+    assert all(passed) == (options.get("apply_to", "both") == "both")
+    left_out = {"attention": "self_attn", "mlp": "mlp"}.get(options.get("apply_to"), "mlp")
+    grads = [parameter.grad for parameter in layer.get_submodule(left_out).parameters()]
+    assert grads and not any(grad.any() for grad in grads)
+    row = elimination.report(model).eliminating[0]
+    assert (row.calls, row.tokens, row.kept_tokens) == (2, 80, 0)
