@@ -8,15 +8,15 @@ import warnings
 import pytest
 import torch
 
-from peft_kernels.nn import token_elimination
+from peft_kernels.nn import selective_layer
 
 from .models import VOCABULARY, build, eliminated, tokens
 
 
 def test_a_cache_takes_nothing_from_kept_tokens(monkeypatch):
     """transformers makes a cache by default, in training too; attention of kept tokens is lean all the same."""
-    ids, calls, lean = tokens(), [], token_elimination.lean_attention
-    monkeypatch.setattr(token_elimination, "lean_attention", lambda *args: calls.append(args) or lean(*args))
+    ids, calls, lean = tokens(), [], selective_layer.lean_attention
+    monkeypatch.setattr(selective_layer, "lean_attention", lambda *args: calls.append(args) or lean(*args))
     model = build(use_cache=True)
     eliminated(model)
     model(input_ids=ids, labels=ids).loss.backward()

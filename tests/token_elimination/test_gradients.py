@@ -172,7 +172,7 @@ def test_a_leaf_is_changed_only_where_no_gradients_are_recorded(change):
     residual = leaf(4, 6)
     before = residual.detach().clone()
     for given in (residual, residual.view(2, 12).view(4, 6)):
-        with pytest.raises(ValueError, match=r"residual must be no leaf that requires grad, nor a view of one"):
+        with pytest.raises(ValueError, match=r"residual must be neither a leaf that requires grad nor a view of one"):
             change(given, ENDS)
         assert torch.equal(residual, before)
     with torch.no_grad():

@@ -10,9 +10,18 @@ import torch
 
 import peft_kernels
 from peft_kernels import LoraConfig, elimination, ops
-from peft_kernels.nn import kept_tokens, llama_attention, selections, token_elimination, token_scores
+from peft_kernels.nn import kept_tokens, llama_attention, selections, selective_layer, token_elimination, token_scores
 from peft_kernels.nn.kept_tokens import Kept
-from peft_kernels.ops import cross_entropy, token_linear, token_selection
+from peft_kernels.ops import (
+    counted_labels,
+    cross_entropy,
+    sampled_linear,
+    selective_loss,
+    token_linear,
+    token_selection,
+    token_tune,
+    wta_crs,
+)
 from peft_kernels.ops import token_elimination as token_rows
 
 from ..support.without_values import DEVICE, WAITS, device_without_values, valueless
@@ -186,11 +195,17 @@ READS |= {"tensor", "as_tensor", "from_numpy"}  # of numbers: a copy to the devi
 ALLOWED = {
     # What the host does with its own tensors, behind a question for the device.
     selections: {"_make": {"int"}, "ratio": {"float"}, "__post_init__": {"float"}},
-    cross_entropy: {"_labeled_rows": {"nonzero"}, "_targets": {"bool", "int"}},
+    cross_entropy: {},
+    counted_labels: {"_check_range": {"bool", "int"}, "_computed_rows": {"nonzero"}},
+    selective_loss: {},
+    token_tune: {},
+    sampled_linear: {},
+    wta_crs: {},
     # Questions to a module before it is taken over, and numbers of its configuration.
     llama_attention: {"rotary_channels": {"int"}, "attention_part": {"float"}, "_is_like": {"float"}}
-    | {"_agrees": {"int", "bool"}},
+    | {"_agrees": {"int", "bool"}, "_is_watched": {"bool"}, "is_causal": {"bool"}},
     kept_tokens: {"visible_from": {"int"}},  # Tensor.int
+    selective_layer: {},
     token_elimination: {},
     token_linear: {"_kept_gradient": set()},
     token_rows: {},
