@@ -204,7 +204,7 @@ def finetune(
     ] = None,
     reference_model: Annotated[
         str | None,
-        _option("reference_model", "What --loss-ratio compares with, named as --model is (default: the base model)"),
+        _option("reference_model", "What --loss-ratio compares with, named as --model is"),
     ] = None,
     sampled_gradient: Annotated[
         float | None,

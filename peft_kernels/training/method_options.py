@@ -172,6 +172,11 @@ def _check_loss_ratio(settings: Settings) -> None:
         return
     if not 0.0 < ratio <= 1.0:
         raise UserError(f"--loss-ratio must be in (0, 1], got {ratio}")
+    if settings.reference_model is None:
+        raise UserError(
+            "--loss-ratio needs --reference-model, one that has learned what is to be learned; beside the base model "
+            "itself the tokens that gained least in training would be selected"
+        )
     if settings.chunked_loss is False:
         raise UserError("--loss-ratio forms the loss without all logits; leave --no-chunked-loss out")
 

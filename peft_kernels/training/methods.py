@@ -30,7 +30,7 @@ def build_arms(
     Args:
         batches: the first batches of the training data, int64 `[B, seq_len]`, as many as it is called with.
         channels: of a run that is continued, which channels train by path; None chooses them.
-        reference: what `--loss-ratio` compares losses with; None for the base model as it is now.
+        reference: the model that `--loss-ratio` compares losses with; None without that option.
 
     Returns:
         The arms, and a report of what trains in ours.
@@ -42,8 +42,6 @@ def build_arms(
     model.config.use_cache = False
     whole = copy.deepcopy(model) if settings.compare == "full" else None
     twin = _twin(model, settings) if settings.compare == "dense" else None
-    if settings.loss_ratio is not None and reference is None:
-        reference = _twin(model, settings)
     try:
         arms, report = _build(model, settings, batches, channels)
         if twin is not None:

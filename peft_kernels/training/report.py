@@ -132,7 +132,7 @@ def notes(result: RunResult) -> list[str]:
     ]
     sentences += _of_selected_tokens(result)
     if result.settings.loss_ratio is not None:
-        reference = result.settings.reference_model or "the base model"
+        reference = result.settings.reference_model
         sentences.append(
             f"peft-kernels trains on the {result.settings.loss_ratio:.0%} of each batch's tokens whose loss exceeds "
             f"that of {reference} most; its training loss is theirs, and its step times include the pass through "

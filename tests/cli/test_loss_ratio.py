@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from .runs import assert_same_run, losses_of, stop_after
 from .test_finetune import metrics
 
 RUN = [*TINY, "--sample-tokens", "0"]
+REFERENCE = ["--reference-model", "random:llama-tiny"]
 CPU = torch.device("cpu")
 
 
 def test_a_run_on_all_tokens_goes_beside(invoke: Invoke, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    options = ["--loss-ratio", "0.25", "--compare", "dense", "--steps", 3, "--output", output]
+    options = [*REFERENCE, "--loss-ratio", "0.25", "--compare", "dense", "--steps", 3, "--output", output]
     result = invoke("finetune", *RUN, *options)
     assert result.exit_code == 0, result.output
     record, losses = metrics(output), losses_of(output)
@@ -32,26 +34,27 @@ def test_a_run_on_all_tokens_goes_beside(invoke: Invoke, tmp_path: Path) -> None
     # Those that gained least: their loss stays behind the mean of all.
     assert losses["peft-kernels"][-1] > losses["peft-kernels dense"][-1]
     flat = " ".join(result.output.split())
-    assert "trains on the 25% of each batch's tokens whose loss exceeds that of the base model most" in flat
+    assert "trains on the 25% of each batch's tokens whose loss exceeds that of random:llama-tiny most" in flat
     assert "the other without selecting tokens for the loss" in flat
     assert "loss on 0.25 of the tokens" in (output / "report.html").read_text()
 
 
 def test_the_whole_ratio_trains_as_dense(invoke: Invoke, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    options = ["--loss-ratio", "1", "--compare", "dense", "--steps", 3, "--output", output]
+    options = [*REFERENCE, "--loss-ratio", "1", "--compare", "dense", "--steps", 3, "--output", output]
     assert invoke("finetune", *RUN, *options).exit_code == 0
     losses = losses_of(output)
     assert losses["peft-kernels"] == pytest.approx(losses["peft-kernels dense"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "s2ft", "sparse_delta"])
-def test_the_reference_is_the_base_model_whatever_trains(method: str) -> None:
-    settings = started({"method": method, "seq_len": 32, "loss_ratio": 0.3})
+def test_the_reference_stays_as_it_is_whatever_trains(method: str) -> None:
+    settings = started({"method": method, "seq_len": 32, "loss_ratio": 0.3, "reference_model": "the same"})
     model = load_model("random:llama-tiny", torch.float32, CPU).model
     batch = torch.randint(0, 256, (2, 32))
-    base = pk.causal_lm_token_losses(model.eval(), batch, batch)
-    (arm,), _ = methods.build_arms(model, settings, lambda count: ())
+    reference = copy.deepcopy(model)
+    base = pk.causal_lm_token_losses(reference.eval(), batch, batch)
+    (arm,), _ = methods.build_arms(model, settings, lambda count: (), reference=reference)
     for _ in range(2):
         arms.loss_of(arm, batch).backward()
         for group in arm.optimizer.param_groups:
@@ -74,7 +77,7 @@ def test_a_stopped_run_continues_to_the_same_bits(
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     options = [*RUN, "--loss-ratio", "0.5", "--lora-dropout", "0.1", "--steps", "4", "--save-every", "2"]
     options += ["--token-elimination", "0.5", "--token-block-size", "8", "--token-layers", "1"]
-    options += ["--reference-model", "random:llama-tiny"]
+    options += REFERENCE
     assert invoke("finetune", *options, "--output", whole).exit_code == 0
     stop_after(2, monkeypatch)
     assert invoke("finetune", *options, "--output", halved).exit_code == 130
@@ -98,7 +101,7 @@ def test_a_reference_with_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_reference_whose_loss_is_another_is_refused() -> None:
-    settings = started({"loss_ratio": 0.5})
+    settings = started({"loss_ratio": 0.5, "reference_model": "another"})
     model = load_model("random:llama-tiny", torch.float32, CPU).model
     reference = load_model("random:llama-tiny", torch.float32, CPU).model
     reference.config.logits_scaling = 8.0
@@ -111,11 +114,12 @@ def test_a_reference_whose_loss_is_another_is_refused() -> None:
     [
         (["--loss-ratio", "0"], "--loss-ratio must be in (0, 1], got 0.0"),
         (["--loss-ratio", "nan"], "--loss-ratio must be in (0, 1], got nan"),
+        (["--loss-ratio", "0.5"], "--loss-ratio needs --reference-model, one that has learned what is to be learned"),
         (["--reference-model", "smollm2"], "--reference-model needs --loss-ratio"),
-        (["--loss-ratio", "0.5", "--no-chunked-loss"], "leave --no-chunked-loss out"),
+        ([*REFERENCE, "--loss-ratio", "0.5", "--no-chunked-loss"], "leave --no-chunked-loss out"),
         (["--loss-ratio", "0.5", "--method", "lisa"], "--loss-ratio belongs to --method lora, sparse_delta or s2ft"),
         (
-            ["--loss-ratio", "0.5", "--target-modules", "lm_head"],
+            [*REFERENCE, "--loss-ratio", "0.5", "--target-modules", "lm_head"],
             "--loss-ratio does not fit this model: its output layer",
         ),
         (
