@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from . import targets
 from .adapter_files import KEY_PREFIX, read_adapter, write_adapter
-from .config import AdapterConfig
-from .elimination.model import config_of
+from .config import AdapterConfig, TokenEliminationConfig, TokenTuneConfig
+from .elimination.model import saved_config
 from .families import AdapterLayer, Choices, Family, adapter_layers, family_of_file, family_of_layers
 from .inject import commit
 from .planning import Injection, abandon, base_name, first_peft_layer, injection_of, plan_injection, unwrapped
@@ -59,8 +60,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_main
 
 
 def _save_token_config(model: nn.Module, directory: str | os.PathLike[str], is_main_process: bool) -> None:
-    config = config_of(model)
-    if config is not None and is_main_process:
+    if not is_main_process:
+        return
+    config = saved_config(model)
+    for kind in (TokenEliminationConfig, TokenTuneConfig):  # of an adapter that was here before
+        if not isinstance(config, kind):
+            (Path(directory) / kind.file_name).unlink(missing_ok=True)
+    if config is not None:
         config.save(directory)
 
 

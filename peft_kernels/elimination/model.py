@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from ..reports import EliminatedLayer, EliminationReport, TokenTuneReport
 from ..schedules.layers import transformer_layers
 
 STATE = "_peft_kernels_token_elimination"
-"""Name of the model's attribute that holds its `Elimination`."""
+"""Name of the attribute that holds the `Elimination`, of the module that holds the decoder layers."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,25 @@ def selective_layers(model: nn.Module) -> dict[str, SelectiveLayer]:
 
 def config_of(model: nn.Module) -> TokenConfig | None:
     """The configuration that the model selects tokens by, or None."""
-    state = unwrapped(model).__dict__.get(STATE)
+    state = _state_of(model)
     return None if state is None else state.config
+
+
+def saved_config(model: nn.Module) -> TokenConfig | None:
+    """`config_of`, with the thresholds that layers have now, for the file beside an adapter."""
+    config = config_of(model)
+    if not isinstance(config, TokenEliminationConfig):
+        return config
+    layers = [layer.elimination for layer in eliminating_layers(unwrapped(model)).values()]
+    live = {layer.index: layer.options.threshold for layer in layers if layer.index == layer.leader}
+    if live == config.thresholds(list(live)):
+        return config
+    return replace(config, threshold={i: -math.inf if value is None else float(value) for i, value in live.items()})
+
+
+def _state_of(model: nn.Module) -> Elimination | None:
+    """What `take_layers` remembers, wherever in or around the layers' list it was asked."""
+    return next((module.__dict__[STATE] for module in model.modules() if STATE in module.__dict__), None)
 
 
 def eliminate(model: nn.Module, config: TokenEliminationConfig) -> EliminationReport:
@@ -115,7 +133,8 @@ def take_layers(
     for path, layer in taken.items():
         for place in places[path]:
             put_module(model, place, layer)
-    setattr(model, STATE, Elimination(config, selections, refused))
+    # Beside the layers: models that wrap this one, and those that it wraps, find it too.
+    setattr(model.get_submodule(layers[0][0].rpartition(".")[0]), STATE, Elimination(config, selections, refused))
 
 
 def _taken_over(
@@ -161,7 +180,8 @@ def remove(model: nn.Module) -> None:
         restored = layer.restored()
         for place in holders[id(layer)]:
             put_module(model, place, restored)
-    model.__dict__.pop(STATE, None)
+    for module in model.modules():
+        module.__dict__.pop(STATE, None)
 
 
 def check_removable(model: nn.Module) -> dict[str, SelectiveLayer]:
@@ -210,7 +230,7 @@ def report(model: nn.Module) -> EliminationReport | TokenTuneReport:
         An `EliminationReport`; for a model with a `TokenTuneConfig` a `TokenTuneReport`.
     """
     model = unwrapped(model)
-    state = model.__dict__.get(STATE)
+    state = _state_of(model)
     refused = {} if state is None else state.dense
     selective = selective_layers(model)
     every = {**_decoder_layers(model), **selective}

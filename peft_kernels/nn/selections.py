@@ -58,6 +58,11 @@ class EliminationOptions:
         return float(self.keep_text)
 
     @property
+    def bounds_scores(self) -> bool:
+        """Whether a threshold may drop something, which -inf does not."""
+        return isinstance(self.threshold, Tensor) or (self.threshold is not None and self.threshold != -math.inf)
+
+    @property
     def score_name(self) -> str:
         """The score's name, or the callable's type."""
         return self.score if isinstance(self.score, str) else type(self.score).__name__
@@ -328,7 +333,7 @@ class LayerElimination:
             lambda: self._make(layer, x, inputs, call),
             lambda: self._draw(layer, x, inputs, call),
         )
-        if options.threshold is not None and kept.is_all and layer.training:  # else thresholds are being tried
+        if options.bounds_scores and kept.is_all and layer.training:  # else thresholds are being tried
             self.note_dense("no block of this call scores below its threshold")
             return None
         self.note_call(x.shape[:2].numel(), kept.positions.numel() if kept.counts is None else kept.counts.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -320,3 +321,30 @@ def test_a_report_says_the_threshold():
     report = eliminated(model, keep_ratio=None, threshold=2.5, score="norm")
     assert {layer.threshold for layer in report.layers if layer.eliminates} == {2.5}
     assert "keep=1 by norm of at least 2.5, both" in str(report)
+
+
+def test_the_file_beside_an_adapter_says_what_layers_do_now(tmp_path):
+    model = build()
+    peft_kernels.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    eliminated(model, keep_ratio=None, threshold=0.0, score="norm")
+    elimination.set_thresholds(model, {1: 5.0, 2: 7.5})
+    peft_kernels.save_adapter(model, tmp_path)
+    saved = TokenEliminationConfig.load(tmp_path)
+    assert saved.threshold == {1: 5.0, 2: 7.5}
+    again = build()
+    peft_kernels.inject(again, saved)
+    assert [layer.threshold for layer in elimination.report(again).eliminating] == [5.0, 7.5]
+    elimination.remove(model)
+    peft_kernels.save_adapter(model, tmp_path)
+    assert not (tmp_path / "token_elimination.json").exists()
+
+
+def test_a_model_within_another_knows_what_it_eliminates(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(dtype=torch.float32), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    eliminated(model)
+    for part in (model, model.get_base_model()):
+        assert peft_kernels.elimination.model.config_of(part).keep_ratio == 0.5
+    copied = copy.deepcopy(model.get_base_model())
+    elimination.remove(copied)
+    assert peft_kernels.elimination.model.config_of(copied) is None
