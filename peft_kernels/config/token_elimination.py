@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from ..nn.selections import HALVES
+from ..nn.token_scores import NAMED as SCORES
 from .token_layers import TokenConfig, check_finite, check_integer, check_ratio, checked_layers, in_order
-
-SCORES = ("attention", "norm", "gradient", "random", "predictor")
-HALVES = ("both", "attention", "mlp")
 
 
 @dataclass
