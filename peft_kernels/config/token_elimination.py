@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from ..nn.selections import HALVES
+from ..nn.elimination_options import HALVES
 from ..nn.token_scores import NAMED as SCORES
 from .token_layers import TokenConfig, check_finite, check_integer, check_ratio, checked_layers, in_order
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..config import TokenConfig, TokenEliminationConfig
+from ..nn.elimination_options import EliminationOptions
 from ..nn.linear import type_name
-from ..nn.selections import EliminationOptions, Selections, Sharing
+from ..nn.selections import Selections, Sharing
 from ..nn.selective_layer import SelectiveLayer, class_over
 from ..nn.token_elimination import TokenElimination
 from ..nn.token_tune import TokenTune

@@ -17,10 +17,11 @@ from .. import ops
 from ..ops import recompute
 from .asking import still_is
 from .decoder_layer import Anatomy, GatedPart, RMSNormPart, anatomy_of, decoder_layer_obstacle
+from .elimination_options import EliminationOptions
 from .kept_tokens import Kept
 from .linear import take_over
 from .llama_attention import AttentionPart, call_attention, lean_attention, runs_lean
-from .selections import EliminationOptions, LayerElimination, Selections, Sharing, call_of
+from .selections import LayerElimination, Selections, Sharing, call_of
 
 _OWN = ("elimination",)
 

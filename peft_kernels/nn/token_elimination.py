@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .elimination_options import EliminationOptions
 from .kept_tokens import mask_obstacle
-from .selections import EliminationOptions, Selections, Sharing, call_of
+from .selections import Selections, Sharing, call_of
 from .selective_layer import SelectiveLayer, sliding_window
 
 

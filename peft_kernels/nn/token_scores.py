@@ -16,7 +16,7 @@ from .. import ops
 from .kept_tokens import padding_of, visible_from
 from .llama_attention import AttentionPart, queries_and_keys
 
-NAMED = ("attention", "norm", "random", "gradient", "predictor")
+NAMED = ("attention", "norm", "gradient", "random", "predictor")
 
 
 class Predictor(Protocol):

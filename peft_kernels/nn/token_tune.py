@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from .decoder_layer import Anatomy
+from .elimination_options import EliminationOptions
 from .kept_tokens import Kept, mask_obstacle
 from .llama_attention import AttentionPart, lean_obstacle, selective_attention
-from .selections import EliminationOptions, Selections, Sharing, call_of
+from .selections import Selections, Sharing, call_of
 from .selective_layer import SelectiveLayer, added, sliding_window
 
 

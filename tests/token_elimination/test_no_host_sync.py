@@ -10,7 +10,15 @@ import torch
 
 import peft_kernels
 from peft_kernels import LoraConfig, elimination, ops
-from peft_kernels.nn import kept_tokens, llama_attention, selections, selective_layer, token_elimination, token_scores
+from peft_kernels.nn import (
+    elimination_options,
+    kept_tokens,
+    llama_attention,
+    selections,
+    selective_layer,
+    token_elimination,
+    token_scores,
+)
 from peft_kernels.nn.kept_tokens import Kept
 from peft_kernels.ops import (
     counted_labels,
@@ -194,7 +202,8 @@ READS = {"item", "tolist", "nonzero", "masked_select", "cpu", "numpy", "unique",
 READS |= {"tensor", "as_tensor", "from_numpy"}  # of numbers: a copy to the device, which "meta" does not show
 ALLOWED = {
     # What the host does with its own tensors, behind a question for the device.
-    selections: {"_make": {"int"}, "ratio": {"float"}, "__post_init__": {"float"}},
+    selections: {"_make": {"int"}},
+    elimination_options: {"ratio": {"float"}, "__post_init__": {"float"}},
     cross_entropy: {},
     counted_labels: {"_check_range": {"bool", "int"}, "_computed_rows": {"nonzero"}},
     selective_loss: {},
