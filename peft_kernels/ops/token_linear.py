@@ -15,7 +15,7 @@ from ..reference import token_elimination as reference
 from ..reference.lora import as_rows
 from . import recompute
 from ._autocast import autocast_dtype
-from ._checks import FLOATING, describe
+from ._checks import describe
 from ._views import no_view
 from .token_elimination import (
     _check_floating,
@@ -24,6 +24,7 @@ from .token_elimination import (
     _check_rows,
     _kernel,
     _taken_apart,
+    gather_rows,
     scatter_add_rows,
 )
 
@@ -31,8 +32,9 @@ from .token_elimination import (
 class GatherLinearScatterFunction(torch.autograd.Function):
     """Forward and backward of `gather_linear_scatter`.
 
-    Saved for backward: rows, weight by reference, and while weight trains the kept rows of x `[S, K]` (x itself, by
-    reference, where it holds them already; where it is on offer, what it is formed from, see `recompute`).
+    Saved for backward: rows, weight by reference, and where gradients are recorded and weight trains the kept rows of x
+    `[S, K]` (x itself, by reference, where it holds them already; where it is on offer, what it is formed from, see
+    `recompute`).
     """
 
     @staticmethod
@@ -46,17 +48,18 @@ class GatherLinearScatterFunction(torch.autograd.Function):
         onto_x: bool,
         gathered: bool,
         in_place: bool,
+        recording: bool,  # whether gradients are: needs_input_grad says under no_grad, too, what requires one
         backend: str | None,
     ) -> Tensor:
-        matrix = as_rows(x)
+        matrix = inputs = as_rows(x)
         kept: tuple[Tensor | None, ...] = (None,)
-        if not ctx.needs_input_grad[2]:
-            ctx.recipe = None
-        elif gathered:
-            kept = recompute.to_save(ctx, x)
-        else:  # the product reads these rows and no others
-            ctx.recipe = None
-            kept = (_kernel("gather_rows", x, backend)(matrix, rows),)
+        ctx.recipe, gather = None, not gathered
+        if recording and ctx.needs_input_grad[2]:
+            if gather:  # the product takes the rows from here, too
+                inputs, gather = _kernel("gather_rows", x, backend)(matrix, rows), False
+                kept = (inputs,)
+            else:
+                kept = recompute.to_save(ctx, x)
         ctx.save_for_backward(weight, rows, *kept)
         ctx.shape, ctx.onto_x, ctx.scattered = x.shape, onto_x, onto_x or residual is not None
         ctx.gathered, ctx.backend = gathered, backend
@@ -64,10 +67,10 @@ class GatherLinearScatterFunction(torch.autograd.Function):
             assert residual is not None  # checked before
             ctx.mark_dirty(residual)
             product = _kernel("gather_linear_scatter_", x, backend)
-            product(as_rows(residual), matrix, weight, bias, rows, not gathered, False)
+            product(as_rows(residual), inputs, weight, bias, rows, gather, False)
             return residual
         onto = matrix if onto_x else None if residual is None else as_rows(residual)
-        y = _kernel("gather_linear_scatter", x, backend)(matrix, weight, bias, rows, onto, not gathered, False)
+        y = _kernel("gather_linear_scatter", x, backend)(inputs, weight, bias, rows, onto, gather, False)
         return no_view(y, x.shape if onto_x else y.shape if residual is None else residual.shape)
 
     @staticmethod
@@ -88,7 +91,7 @@ class GatherLinearScatterFunction(torch.autograd.Function):
                 grad_weight = kept_dy.t() @ as_rows(recompute.saved(ctx, kept))
             if need_bias:
                 grad_bias = kept_dy.sum(0)
-        return grad if need_residual else None, dx, grad_weight, grad_bias, None, None, None, None, None
+        return grad if need_residual else None, dx, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _grad_x(ctx, dy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -109,6 +112,16 @@ def _kept_gradient(ctx, dy: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-
     return torch.where((rows >= 0)[:, None], dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
 
 
+def _check_dtype(name: str, tensor: Tensor, x: Tensor, cast: bool) -> None:
+    """Whether tensor can be used beside x; of a tensor that is cast any floating dtype will do."""
+    op = "gather_linear_scatter"
+    _check_floating(op, name, tensor, 1)
+    if not cast:
+        _check_like(op, name, tensor, "x", x)
+    elif tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on x's device, {x.device}, got {describe(tensor)}")
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -117,17 +130,19 @@ def _check(
     residual: Tensor | None,
     gathered: bool,
     in_place: bool,
+    autocast: bool,
 ) -> None:
     op = "gather_linear_scatter"
     _check_floating(op, "x", x, 2)
     _check_rows(op, rows, x, "indices")
+    cast = autocast and x.dtype != torch.float64
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: weight must be [N, {x.shape[-1]}] to match x, got {describe(weight)}")
-    _check_like(op, "weight", weight, "x", x)
+    _check_dtype("weight", weight, x, cast)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to match weight, got {describe(bias)}")
-        _check_like(op, "bias", bias, "x", x)
+        _check_dtype("bias", bias, x, cast)
     count = as_rows(x).shape[0]
     if gathered and count != rows.shape[0]:
         raise ValueError(f"{op}: x must have a row for each of indices {list(rows.shape)}, got {describe(x)}")
@@ -136,7 +151,7 @@ def _check(
             raise ValueError(f"{op}: residual must be given to be changed in place, got None")
         return
     _check_floating(op, "residual", residual, 2)
-    _check_like(op, "residual", residual, "x", x)
+    _check_dtype("residual", residual, x, autocast)
     expected = residual.shape[:-1] if gathered else x.shape[:-1]
     if residual.shape != (*expected, weight.shape[0]):
         raise ValueError(
@@ -161,6 +176,9 @@ def gather_linear_scatter(
     Where x is the residual (the same tensor), its gradient is formed by the same operator: `dy[indices] weight` is
     added at rows of dy.
 
+    For a plain weight. A layer with an adapter takes the kept rows from `split_rms_norm` or `gather_rows` and adds what
+    it makes of them by `scatter_add_rows`, as the layers of `nn.TokenElimination` do; none of them calls this.
+
     Args:
         x: `[..., K]`, seen as M rows, float32, bfloat16, float16 or float64; any strides. With `gathered`, `[..., K]`
             of S rows, those of the kept tokens already.
@@ -177,15 +195,17 @@ def gather_linear_scatter(
 
     Returns:
         residual's shape, or `[S, N]` without residual, zero where there is no row; in x's dtype, a new tensor unless
-        in place. Rows that are not kept are residual's bit for bit. Under autocast x, weight and bias are cast to the
-        autocast dtype first, and the product is added in residual's.
+        in place. Rows that are not kept are residual's bit for bit. Under autocast the kept rows of x, weight and bias
+        are cast to the autocast dtype first, from any of the four, and the product is added in residual's, which may
+        be another one; float64 x is not cast.
 
-    Saved for backward: indices, weight by reference, and only while weight trains the kept rows of x.
+    Saved for backward: indices, weight by reference, and only where weight gets a gradient the kept rows of x.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device is off, or residual cannot be changed in place;
             nothing has run.
-        RuntimeError: residual is to be changed in place and shares memory with another argument; it has not changed.
+        RuntimeError: residual is to be changed in place and shares memory with what the kernel reads, which is x, or
+            its kept rows where those are copied first; it has not changed.
         BackendUnavailable: inside `use_backend`, when that backend has no kernel for the call.
 
     Source: Wang et al., "LeMo", 2025 (JENGA, USENIX ATC 2025), section 5.1, "permutation-free".
@@ -195,18 +215,45 @@ def gather_linear_scatter(
             "gather_linear_scatter: residual must not be x to be changed in place, as the product reads x meanwhile"
         )
     dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
-        onto_x = residual is x
-        if x.dtype in FLOATING and x.dtype != torch.float64:
-            x, weight = recompute.cast(x, dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            if residual is None or residual.dtype == x.dtype:
-                onto = x if onto_x else residual
-                return gather_linear_scatter(x, weight, bias, indices, onto, gathered=gathered, in_place=in_place)
-            y = gather_linear_scatter(x, weight, bias, indices, gathered=gathered)
-            return scatter_add_rows(residual, y.to(residual.dtype), indices, in_place=in_place)
-    _check(x, weight, bias, indices, residual, gathered, in_place)
+    _check(x, weight, bias, indices, residual, gathered, in_place, dtype is not None)
+    if dtype is None:
+        return _checked(x, weight, bias, indices, residual, gathered, in_place)
+    with torch.autocast(x.device.type, enabled=False):
+        return _under_autocast(dtype, x, weight, bias, indices, residual, gathered, in_place)
+
+
+def _under_autocast(
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    residual: Tensor | None,
+    gathered: bool,
+    in_place: bool,
+) -> Tensor:
+    if x.dtype != torch.float64:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if gathered:
+            x = recompute.cast(x, dtype)
+        elif x.dtype != dtype:  # only the kept rows are worth a cast
+            x, gathered = gather_rows(x, indices).to(dtype), True
+    if residual is None or residual.dtype == x.dtype:
+        return _checked(x, weight, bias, indices, residual, gathered, in_place)
+    y = _checked(x, weight, bias, indices, None, gathered, False)
+    return scatter_add_rows(residual, y.to(residual.dtype), indices, in_place=in_place)
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    residual: Tensor | None,
+    gathered: bool,
+    in_place: bool,
+) -> Tensor:
+    """`gather_linear_scatter` of arguments that were checked, without autocast."""
     if _taken_apart():
         onto = None if residual is None else as_rows(residual)
         y = reference.gather_linear_scatter(as_rows(x), weight, bias, indices, onto, not gathered, False)
@@ -214,6 +261,7 @@ def gather_linear_scatter(
     onto_x = residual is x and not gathered
     in_place = in_place and not torch.compiler.is_compiling()
     onto = None if onto_x else residual
+    recording = torch.is_grad_enabled()  # which a Function's own forward cannot tell
     return GatherLinearScatterFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
-        onto, x, weight, bias, indices, onto_x, gathered, in_place, backends.forced_backend()
+        onto, x, weight, bias, indices, onto_x, gathered, in_place, recording, backends.forced_backend()
     )

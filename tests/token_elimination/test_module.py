@@ -311,7 +311,7 @@ def test_bad_options_are_refused():
     for options, message in (
         ({"keep": 1.5}, r"keep must be in \[0, 1\], got 1.5"),
         ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
-        ({"score": "magic"}, "score must be one of attention, norm, random, gradient, predictor or a callable"),
+        ({"score": "magic"}, "score must be one of attention, norm, gradient, random, predictor or a callable"),
         ({"apply_to": "norms"}, "apply_to must be one of both, attention, mlp, got 'norms'"),
         ({"threshold": math.nan}, "threshold must be a finite number, or -inf to keep everything, got nan"),
         ({"threshold": math.inf}, "threshold must be a finite number, or -inf to keep everything, got inf"),
