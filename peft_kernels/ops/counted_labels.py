@@ -42,14 +42,14 @@ def counted_labels(
 
     Raises:
         ValueError: a label is out of range, or more than max_tokens count; found only where the host reads at no cost,
-            else the device raises.
+            else the device raises, and inside transforms the loss of such a label does.
     """
     if shift and labels.shape[-1] > 0:
         labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
         token_mask = None if token_mask is None else F.pad(token_mask[..., 1:], (0, 1), value=False)
         token_weights = None if token_weights is None else F.pad(token_weights[..., 1:], (0, 1))
     counts = labels != ignore_index
-    _check_range(labels, counts, vocabulary, ignore_index)
+    labels = _in_range(labels, counts, vocabulary, ignore_index)
     if token_mask is not None:
         counts = counts & token_mask
     weights = None
@@ -68,14 +68,18 @@ def host_reads(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
-def _check_range(labels: Tensor, counts: Tensor, vocabulary: int, ignore_index: int) -> None:
+def _in_range(labels: Tensor, counts: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
     wrong = counts & ((labels < 0) | (labels >= vocabulary))
     expected = f"linear_cross_entropy: labels must be in [0, {vocabulary}) or {ignore_index}"
+    if transforms_active():
+        # Not every transform can take an assertion; torch's loss refuses labels above the range.
+        return torch.where(wrong, vocabulary, labels)
     if host_reads(labels):
         if bool(wrong.any()):
             raise ValueError(f"{expected}, got {int(labels[wrong][0])}")
     else:
         torch._assert_async(~wrong.any(), expected)
+    return labels
 
 
 def _computed_rows(targets: Tensor, max_tokens: int | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.lora import accumulation_dtype
+from . import counted_labels
 from .counted_labels import Counted
 
 
@@ -38,6 +39,7 @@ class Chunks:
         self.hidden, self.weight, self.bias, self.softcap, self.needs = hidden, weight, bias, softcap, needs
         self.kernel = backends.kernel("cross_entropy_rows_", hidden.device.type, hidden.dtype, backend)
         self.targets, self.rows, self.weights = counted
+        self.all_labeled = counted_labels.host_reads(self.targets)  # the others were left out
         count = self.targets.shape[0]
         self.parts = -(-count // chunk_size)
         self.step = -(-count // self.parts) if self.parts else 0  # chunks of one size, but for the last
@@ -56,14 +58,19 @@ class Chunks:
             self.losses = self.losses * self.weights
         self.buffer = None
 
-    def result(self, summed: bool) -> Tensor:
-        """The sum of the losses, or the losses of all M rows."""
-        return self.losses.sum() if summed else at_rows(self.losses, self.rows, self.hidden.shape[0])
+    def result(self, scale: Tensor | None, summed: bool) -> Tensor:
+        """The sum of the losses times scale, or the losses of all M rows."""
+        if not summed:
+            return at_rows(self.losses, self.rows, self.hidden.shape[0])
+        return self.losses.sum() if scale is None else self.losses.sum() * scale
 
     def _chunk(self, begin: int, end: int) -> Tensor:
         hidden = self.hidden[begin:end]
         if self.rows is not None:
             hidden = self.hidden.index_select(0, self.rows[begin:end])
+        if not self.all_labeled:
+            # What a row without a label holds may not be finite, and 0 NaN would be in the sums.
+            hidden = torch.where((self.targets[begin:end] >= 0)[:, None], hidden, 0.0)
         logits = self._logits(hidden)
         capped = None
         if self.softcap is not None:
@@ -101,15 +108,19 @@ class Chunks:
         assert self.grad_weight is not None
         if self.grad_weight.dtype == grad.dtype:
             self.grad_weight.addmm_(grad.t(), hidden)
-        else:
+        elif grad.dtype != torch.float16:
             self.grad_weight.add_(grad.t() @ hidden)
+        elif grad.device.type == "cuda":  # a sum over the rows may be out of float16's range
+            self.grad_weight.add_(torch.mm(grad.t(), hidden, out_dtype=self.grad_weight.dtype))
+        else:
+            self.grad_weight.addmm_(grad.t().float(), hidden.float())
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """Forward and backward of `linear_cross_entropy`: the losses of the rows, or their sum.
+    """Forward and backward of `linear_cross_entropy`: the losses of the rows, or their sum times a scale.
 
     Saved for backward: the gradient of hidden, `[S, H]` of the S rows that were computed, which rows these are, and
-    their weights; the gradients of weight and bias if they train.
+    their weights; the gradients of weight and bias if they train, not scaled yet.
     """
 
     @staticmethod
@@ -121,6 +132,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         targets: Tensor,
         rows: Tensor | None,
         token_weights: Tensor | None,
+        scale: Tensor | None,
         chunk_size: int,
         softcap: float | None,
         summed: bool,
@@ -128,26 +140,35 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:
         counted = Counted(targets, rows, token_weights)
         chunks = Chunks(hidden, weight, bias, counted, chunk_size, softcap, ctx.needs_input_grad[:3], backend)
-        grad_weight = None if chunks.grad_weight is None else chunks.grad_weight.to(weight.dtype)
-        grad_bias = None if chunks.grad_bias is None or bias is None else chunks.grad_bias.to(bias.dtype)
-        ctx.save_for_backward(chunks.grad_hidden, rows, token_weights, grad_weight, grad_bias)
-        ctx.shape, ctx.summed = hidden.shape, summed
-        return chunks.result(summed)
+        # Undivided sums may be out of float16's range, and divided ones below it before a loss scale is on them.
+        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        grad_weight = None if chunks.grad_weight is None else chunks.grad_weight.to(kept)
+        grad_bias = None if chunks.grad_bias is None else chunks.grad_bias.to(kept)
+        ctx.save_for_backward(chunks.grad_hidden, rows, token_weights, scale, grad_weight, grad_bias)
+        ctx.shape, ctx.dtype, ctx.summed = hidden.shape, hidden.dtype, summed
+        return chunks.result(scale, summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        grad_hidden, rows, token_weights, grad_weight, grad_bias = ctx.saved_tensors
+        grad_hidden, rows, token_weights, scale, grad_weight, grad_bias = ctx.saved_tensors
+        grad = grad if scale is None else grad * scale
         if grad_hidden is not None:
             factors = grad if ctx.summed or rows is None else grad.index_select(0, rows)
             if token_weights is not None:
                 factors = factors * token_weights
-            if factors.dim() > 0:
-                factors = factors[:, None]
-            grad_hidden = at_rows((grad_hidden * factors).to(grad_hidden.dtype), rows, ctx.shape[0])
-        grad_weight = None if grad_weight is None else grad_weight * grad
-        grad_bias = None if grad_bias is None else grad_bias * grad
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+            grad_hidden = at_rows(scaled(grad_hidden, factors.reshape(-1, 1), ctx.dtype), rows, ctx.shape[0])
+        grad_weight = None if grad_weight is None else scaled(grad_weight, grad.reshape(1, 1), ctx.dtype)
+        grad_bias = None if grad_bias is None else scaled(grad_bias, grad.reshape(1), ctx.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None, None
+
+
+def scaled(values: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """values times factors of as many dimensions, in the wider dtype, rounded once.
+
+    A factor without dimensions would be rounded to the dtype of values first on a GPU: 65536 is inf in float16.
+    """
+    return (values * factors).to(dtype)
 
 
 def at_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:

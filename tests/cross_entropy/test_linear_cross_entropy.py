@@ -188,11 +188,12 @@ def test_ignore_index_may_be_a_token():
     torch.testing.assert_close(loss, plain(hidden, weight, labels, ignore_index=5))
 
 
-@pytest.mark.parametrize("items", [11, torch.tensor(11)])
+@pytest.mark.parametrize("items", [11, 11.0, torch.tensor(11), torch.tensor([[11]]), torch.tensor(11.0).double()])
 def test_items_of_several_batches(items):
     hidden, weight, labels, _ = operands()
     loss = ops.linear_cross_entropy(hidden, weight, labels, num_items_in_batch=items)
     torch.testing.assert_close(loss, plain(hidden, weight, labels, reduction="sum") / 11)
+    assert loss.shape == () and loss.dtype == torch.float32
 
 
 def test_a_second_backward_pass_gives_the_same():
@@ -277,9 +278,21 @@ CASES = [
     ({"token_mask": torch.ones(3, 6).bool()}, ValueError, r"token_mask must be \[3, 7\], got bool \[3, 6\]"),
     ({"reduction": "median"}, ValueError, "reduction must be one of mean, sum, none, got 'median'"),
     ({"reduction": "sum", "num_items_in_batch": 3}, ValueError, 'num_items_in_batch is for reduction "mean"'),
-    ({"logit_softcap": 0.0}, ValueError, "logit_softcap must be positive, got 0.0"),
-    ({"logit_softcap": float("nan")}, ValueError, "logit_softcap must be positive, got nan"),
+    ({"logit_softcap": 0.0}, ValueError, "logit_softcap must be positive and finite, got 0.0"),
+    ({"logit_softcap": float("nan")}, ValueError, "logit_softcap must be positive and finite, got nan"),
+    ({"logit_softcap": float("inf")}, ValueError, "logit_softcap must be positive and finite, got inf"),
+    ({"logit_softcap": "x"}, TypeError, "logit_softcap must be a number, got 'x'"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1 row, got 0"),
+    ({"chunk_size": 1.5}, TypeError, "chunk_size must be an integer, got 1.5"),
+    ({"max_tokens": 1.5}, TypeError, "max_tokens must be an integer, got 1.5"),
+    ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch must hold one number, got float32 \[2\]"),
+    ({"num_items_in_batch": "7"}, TypeError, "num_items_in_batch must be a number, got '7'"),
+    ({"num_items_in_batch": torch.ones((), requires_grad=True)}, ValueError, "num_items_in_batch has no gradient"),
+    (
+        {"hidden": lambda t: t[0, 0], "labels": lambda t: t[0, 0], "shift": True},
+        ValueError,
+        r"hidden must be \[..., T, H\] with shift, got float32 \[12\]",
+    ),
 ]
 
 

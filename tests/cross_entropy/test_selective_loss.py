@@ -200,7 +200,12 @@ def test_only_selected_rows_are_saved_and_multiplied_back(reads, monkeypatch):
         ops.selective_cross_entropy(hidden.requires_grad_(), weight, labels, torch.rand(40), 0.3)
     # The host counts what is selected; elsewhere it knows how many of all tokens that are at most.
     rows = math.ceil(0.3 * int((labels >= 0).sum()) - 1e-9) if reads else 12
-    assert [list(tensor.shape) for tensor in saved] == [[rows, 12], [rows], []]  # the last divides the sum
+    assert [list(tensor.shape) for tensor in saved] == [
+        [rows, 12],
+        [rows],
+        [],
+        [],
+    ]  # the share of each, and whether any counts
 
 
 def test_logits_are_never_held_whole():

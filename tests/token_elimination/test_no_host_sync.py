@@ -205,7 +205,7 @@ ALLOWED = {
     selections: {"_make": {"int"}},
     elimination_options: {"ratio": {"float"}, "__post_init__": {"float"}},
     cross_entropy: {},
-    counted_labels: {"_check_range": {"bool", "int"}, "_computed_rows": {"nonzero"}},
+    counted_labels: {"_in_range": {"bool", "int"}, "_computed_rows": {"nonzero"}},
     selective_loss: {},
     token_tune: {},
     sampled_linear: {},
