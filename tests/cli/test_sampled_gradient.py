@@ -51,7 +51,10 @@ def test_a_stopped_run_continues_to_the_same_bits(
         (["--sampled-gradient", "1.5"], "--sampled-gradient must be in (0, 1], got 1.5"),
         (["--sampled-gradient", "nan"], "--sampled-gradient must be in (0, 1], got nan"),
         (["--sampled-gradient", "0.3", "--method", "s2ft"], "--sampled-gradient belongs to --method lora"),
-        (["--compare", "dense"], "--compare dense needs --token-elimination or --sampled-gradient"),
+        (
+            ["--compare", "dense"],
+            "--compare dense needs --token-elimination, --token-tune, --loss-ratio or --sampled-gradient",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
