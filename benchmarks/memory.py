@@ -47,8 +47,8 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> 
     packed: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        packed.append(tensor)
-        return tensor
+        packed.append(tensor.detach())  # a node that kept its own result whole would never be freed
+        return packed[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
